@@ -1,0 +1,1 @@
+"""Samples, prompts, frames and the cache: everything before a model runs."""

@@ -1,0 +1,132 @@
+"""The model side of a run: the encoder, the frame cache and the engine from a program's flags.
+
+Imported only when a model is used, so that scoring again and dry runs need neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from data.encode import Encoder
+from data.frame_cache import FrameCache
+from data.records import Sample
+from data.video import MediaError
+from evaluate._engine import AsyncVllm, Engine, Limits, SharedFrames
+from evaluate._run import sampling_of
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def build_encoder(args: argparse.Namespace, style: str, template: str | None) -> tuple[Encoder, SharedFrames]:
+    """The encoder of the model folder with the run's budgets, and the shared frames it reads through."""
+    frames = SharedFrames(FrameCache(args.cache_dir, args.cache if args.cache_dir else "off"))
+    encoder = Encoder(
+        args.model,
+        video={
+            "fps": args.fps,
+            "min_frames": args.min_frames,
+            "max_frames": args.max_frames,
+            "min_pixels": args.video_min_pixels,
+            "max_pixels": args.video_max_pixels,
+            "total_pixels": args.total_pixels,
+            "resize": args.resize,
+        },
+        image={"max_pixels": args.image_max_pixels},
+        cache=frames,
+        style=style,
+        prompt_template=template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.thinking != "default":
+        # Hybrid models read this variable in their chat template; setting it first is the template's own switch.
+        switch = "{%- set enable_thinking = " + ("true" if args.thinking == "on" else "false") + " -%}"
+        encoder.chat_template = switch + encoder.chat_template
+    return encoder, frames
+
+
+def engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of vLLM's engine. Videos come decoded, so its own media caches are kept small."""
+    chosen: dict[str, Any] = {
+        "dtype": args.dtype,
+        "tensor_parallel_size": args.tensor_parallel,
+        "max_num_seqs": args.max_num_seqs,
+        "seed": args.seed,
+        "trust_remote_code": args.trust_remote_code,
+        "limit_mm_per_prompt": {"image": 16, "video": 4},
+        "enable_prefix_caching": True,  # the questions of one video share its tokens
+        "mm_processor_cache_gb": 2,
+        "disable_log_stats": True,
+    }
+    if args.max_model_len:
+        chosen["max_model_len"] = args.max_model_len
+    if args.max_num_batched_tokens:
+        chosen["max_num_batched_tokens"] = args.max_num_batched_tokens
+    if on_gpu():
+        chosen["gpu_memory_utilization"] = args.gpu_memory_utilization
+        chosen["enforce_eager"] = args.enforce_eager
+        if args.kv_cache_gib:
+            chosen["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
+    else:
+        chosen["enforce_eager"] = True
+        chosen["kv_cache_memory_bytes"] = int((args.kv_cache_gib or 1) * 2**30)
+        chosen["skip_mm_profiling"] = True  # memory is not what limits a CPU run
+        if sampling_of(args)["temperature"] > 0 and args.max_model_len and not args.max_num_batched_tokens:
+            # A prompt computed in parts makes vLLM turn back its seeded generator, which torch's CPU one cannot do.
+            chosen["enable_chunked_prefill"] = False
+            chosen["max_num_batched_tokens"] = max(args.max_model_len, 8192)
+    return chosen
+
+
+def build_engine(args: argparse.Namespace, encoder: Encoder) -> Engine:
+    """vLLM's AsyncLLM. Call inside the event loop that will use it."""
+    if encoder.family == "qwen3_5" and not on_gpu() and args.dtype == "float32":
+        raise SystemExit("--dtype float32: vLLM's CPU kernels run Qwen3.5 in bfloat16 only")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return AsyncVllm(args.model, **engine_args(args))
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """Bounds of the pipeline from the flags; a clip's bytes from the largest video the settings allow."""
+    pixels = min(args.max_frames * args.video_max_pixels, args.total_pixels or args.max_frames * args.video_max_pixels)
+    return Limits(
+        loaders=args.loaders,
+        max_in_flight_bytes=int(args.in_flight_gib * 2**30),
+        max_concurrent=args.max_concurrent or 2 * args.max_num_seqs,
+        clip_bytes=3 * pixels,
+        engine_bytes_per_value=4 if args.dtype == "float32" else 2,
+        decode_timeout_s=args.decode_timeout_s,
+        request_timeout_s=args.request_timeout_s,
+        thinking_budget=args.thinking_budget,
+        answer_budget=args.answer_budget,
+    )
+
+
+def preprocess(
+    encoder: Encoder, frames: SharedFrames, samples: list[Sample], args: argparse.Namespace
+) -> dict[str, Any]:
+    """--preprocess_only: every distinct video into the frame cache; prints how many and which failed."""
+    if not args.cache_dir:
+        raise SystemExit("--preprocess_only needs --cache_dir")
+    videos = {medium: None for sample in samples for medium in sample.media if medium.kind == "video"}
+
+    def decode(medium) -> str | None:
+        try:
+            frames.frames(medium, encoder.video)
+        except (MediaError, OSError) as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(args.loaders) as pool:
+        problems = [problem for problem in pool.map(decode, videos) if problem]
+    for problem in problems:
+        print(f"not cached: {problem}")
+    print(f"{len(videos) - len(problems)} of {len(videos)} videos are in {args.cache_dir}")
+    return {"videos": len(videos), "failed": len(problems)}

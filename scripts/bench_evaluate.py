@@ -1,0 +1,198 @@
+"""The evaluation pipeline against the obvious loop and against whole-batch generation: same engine, same clips, one run.
+
+    python scripts/bench_evaluate.py --model DIR [--clips 24] [--questions 3] [--frames 8] [--rounds 3] [--cached]
+
+Three ways through the same questions: `loop` (load, generate, next), `batch` (load everything, then submit everything) and
+`pipeline` (evaluate/_engine.py). Rounds are interleaved and each way's best time counts. The bound is the larger of the
+loading time spread over the loaders' cores and the engine's own time for the whole batch; prefix caches are emptied between runs.
+--cached decodes into a frame cache first, as after data/preprocess.py.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+
+import numpy as np
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from data.records import Media, Sample
+from evaluate._engine import Limits, run_pipeline
+from evaluate._models import AsyncVllm, build_encoder, engine_args
+from evaluate._run import build_parser
+from evaluate._scoring import Benchmark
+
+
+def write_clip(path: Path, seed: int, seconds: float, width: int, height: int, fps: int = 24) -> None:
+    """An H.264 clip of a textured picture that drifts."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(int(seconds * fps)):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * index, axis=1), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def questions(folder: Path, clips: int, per_clip: int) -> list[Sample]:
+    return [
+        Sample(f"{clip}-{q}", f"What is seen in part {q} of this video?", "A", "open-ended", "video",
+               (Media("video", path=str(folder / f"{clip:03d}.mp4")),))
+        for clip in range(clips)
+        for q in range(per_clip)
+    ]  # fmt: skip
+
+
+async def loop_way(samples, encoder, engine, sampling) -> dict:
+    """One question after another: decode, ask, wait."""
+    for sample in samples:
+        await engine.generate(encoder.encode(sample).vllm_prompt, sampling, f"loop-{time.perf_counter_ns()}")
+    return {}
+
+
+async def batch_way(samples, encoder, engine, sampling) -> dict:
+    """Everything is loaded on one thread, then everything is submitted: two phases that never overlap."""
+    began = time.perf_counter()
+    prompts = [encoder.encode(sample) for sample in samples]
+    loaded = time.perf_counter()
+    await asyncio.gather(
+        *(engine.generate(p.vllm_prompt, sampling, f"b{i}-{time.perf_counter_ns()}") for i, p in enumerate(prompts))
+    )
+    return {"load_s": loaded - began, "engine_s": time.perf_counter() - loaded}
+
+
+async def pipeline_way(samples, encoder, engine, sampling, limits, frames) -> dict:
+    rows: list[dict] = []
+    stats = await run_pipeline(
+        samples, encode=encoder.encode, engine=engine, sampling=sampling, limits=limits, frames=frames,
+        on_row=lambda sample, row: rows.append(row),
+    )  # fmt: skip
+    failed = [row for row in rows if row["status"]]
+    if failed or len(rows) != len(samples):
+        raise RuntimeError(f"{len(rows)} rows, {len(failed)} failed: {failed[:1]}")
+    return stats.as_dict()
+
+
+async def measure(args, run_args, samples) -> dict:
+    encoder, frames = build_encoder(run_args, "direct", None)
+    engine = AsyncVllm(run_args.model, **engine_args(run_args))
+    sampling = {"temperature": 0.0, "max_tokens": args.response_tokens, "min_tokens": args.response_tokens}
+    limits = Limits(loaders=args.loaders, max_concurrent=2 * run_args.max_num_seqs, clip_bytes=64 << 20)
+    cores = min(args.loaders, len(os.sched_getaffinity(0)))
+
+    ways = {
+        "loop": lambda: loop_way(samples, encoder, engine, sampling),
+        "batch": lambda: batch_way(samples, encoder, engine, sampling),
+        "pipeline": lambda: pipeline_way(samples, encoder, engine, sampling, limits, frames),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    facts: dict[str, list[dict]] = {name: [] for name in ways}
+    try:
+        for sample in samples[:2]:  # warm up: kernels, decoder, tokenizer
+            await engine.generate(encoder.encode(sample).vllm_prompt, sampling, f"warm-{sample.id}")
+        if args.cached:
+            for media in {sample.media[0] for sample in samples}:
+                frames.frames(media, encoder.video)
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                await engine.reset_caches()
+                began = time.perf_counter()
+                facts[name].append(await way())
+                times[name].append(time.perf_counter() - began)
+                print(f"  {name}: {times[name][-1]:.2f} s", flush=True)
+        load_s = clip_load_time(samples, encoder, frames)
+    finally:
+        engine.close()
+    best = {name: min(values) for name, values in times.items()}
+    engine_s = min(fact["engine_s"] for fact in facts["batch"])
+    bound_s = max(load_s / cores, engine_s)
+    last = facts["pipeline"][times["pipeline"].index(best["pipeline"])]
+    return {
+        "questions": len(samples),
+        "clips": args.clips,
+        "best_s": {name: round(value, 3) for name, value in best.items()},
+        "all_s": {name: [round(value, 3) for value in values] for name, values in times.items()},
+        "load_all_clips_once_s": round(load_s, 3),
+        "batched_engine_s": round(engine_s, 3),
+        "bound_s": round(bound_s, 3),
+        "pipeline_share_of_bound": round(bound_s / best["pipeline"], 3),
+        "times_the_loop": round(best["loop"] / best["pipeline"], 2),
+        "times_whole_batch": round(best["batch"] / best["pipeline"], 2),
+        "engine_idle_share": last["engine_idle_share"],
+        "mean_requests_in_engine": last["mean_requests_in_engine"],
+        "peak_in_flight_mib": last["peak_in_flight_mib"],
+    }
+
+
+def clip_load_time(samples: list[Sample], encoder, frames) -> float:
+    """CPU seconds of preparing every question on one thread, each video read once: what the loaders have to share."""
+    began, scope, media = time.process_time(), {}, None
+    for sample in samples:
+        if sample.media != media:
+            scope, media = {}, sample.media
+        frames.use(scope)
+        encoder.encode(sample)
+    frames.use(None)
+    return time.process_time() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="pipeline, loop, whole batch", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--clips", type=int, default=24, help="generated clips")
+    parser.add_argument("--questions", type=int, default=3, help="questions per clip")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a clip")
+    parser.add_argument("--size", default="320x192", help="width x height of the source clips")
+    parser.add_argument("--frames", type=int, default=8, help="frames per clip the model sees")
+    parser.add_argument("--pixels", type=int, default=16384, help="pixels per frame the model sees, at most")
+    parser.add_argument("--response_tokens", type=int, default=16, help="tokens of every answer")
+    parser.add_argument(
+        "--loaders", type=int, default=min(8, os.cpu_count() or 2), help="loader threads of the pipeline"
+    )
+    parser.add_argument("--max_num_seqs", type=int, default=32, help="requests that run together")
+    parser.add_argument("--max_model_len", type=int, default=4096, help="vLLM context length")
+    parser.add_argument("--dtype", default="auto", help="vLLM dtype")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--cached", action="store_true", help="frames from the frame cache, filled before")
+    parser.add_argument("--output", help="write the figures here (JSON)")
+    args = parser.parse_args()
+    width, height = map(int, args.size.split("x"))
+    with tempfile.TemporaryDirectory(prefix="bench_evaluate_") as place:
+        folder = Path(place)
+        for clip in range(args.clips):
+            write_clip(folder / f"{clip:03d}.mp4", clip, args.seconds, width, height)
+        flags = ["--model", args.model, "--max_frames", str(args.frames), "--fps", str(args.frames / args.seconds)]
+        flags += [
+            "--video_max_pixels",
+            str(args.pixels),
+            "--max_num_seqs",
+            str(args.max_num_seqs),
+            "--dtype",
+            args.dtype,
+        ]
+        flags += ["--max_model_len", str(args.max_model_len)]
+        if args.cached:
+            flags += ["--cache_dir", str(folder / "cache")]
+        run_args = build_parser(Benchmark(name="bench", title="bench", load=lambda a: [])).parse_args(flags)
+        figures = asyncio.run(measure(args, run_args, questions(folder, args.clips, args.questions)))
+    print(json.dumps(figures, indent=1))
+    if args.output:
+        Path(args.output).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What fits: frames and pixels to tokens, then GPU memory of the rollout and of the update, by arithmetic alone.
+
+    python scripts/plan_memory.py --size 8b --gpus 8 --frames 128
+    python scripts/plan_memory.py --model DIR --gpus 2 --gpu_memory_gib 80 --frames 256 --video_max_pixels 200704
+
+Nothing is loaded and no GPU is needed. Weights, states and cache are exact up to norms and biases; activations are an
+estimate of a packed group under gradient checkpointing (within a quarter or so): leave a tenth of the memory free.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+from dataclasses import dataclass
+
+from data.video import VideoSettings, frame_size
+from train.flops import Shape, language_layer_parameters, parameters, read_shape, vision_layer_parameters
+
+GIB = 1024**3
+BF16, FP32 = 2, 4
+TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
+LOGIT_CHUNK = 2048  # response tokens whose logits exist at once
+
+
+def _qwen3_vl(hidden, intermediate, layers, heads, tied, vision_hidden, vision_intermediate, vision_depth) -> dict:
+    text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    vision = {"hidden_size": vision_hidden, "intermediate_size": vision_intermediate, "depth": vision_depth}
+    vision |= {"out_hidden_size": hidden, "patch_size": 16, "deepstack_visual_indexes": [0, 1, 2]}
+    return {"model_type": "qwen3_vl", "tie_word_embeddings": tied, "text_config": text, "vision_config": vision}
+
+
+SIZES = {  # published configurations of Qwen3-VL
+    "2b": _qwen3_vl(2048, 6144, 28, 16, True, 1024, 4096, 24),
+    "4b": _qwen3_vl(2560, 9728, 36, 32, True, 1024, 4096, 24),
+    "8b": _qwen3_vl(4096, 12288, 36, 32, False, 1152, 4304, 27),
+}
+
+
+def video_tokens(shape: Shape, frames: int, height: int, width: int) -> tuple[int, int]:
+    """(tokens of the language model, patches of the vision tower) of a clip whose frames are height x width pixels."""
+    slices = -(-frames // shape.temporal_patch)
+    patches = slices * (height // shape.patch) * (width // shape.patch)
+    text = slices * TIMESTAMP_TOKENS if shape.family in ("qwen3_vl", "qwen3_5") else 2
+    return patches // shape.merge**2 + text, patches
+
+
+def kv_bytes_per_token(shape: Shape) -> int:
+    """Keys and values of one token in all layers with softmax attention, bf16: 2 x layers x kv_heads x head_dim x 2."""
+    return 2 * shape.full_layers * shape.kv_heads * shape.head_dim * BF16
+
+
+def state_bytes(shape: Shape, gpus: int, optimizer_on_host: bool, parameters_on_host: bool) -> dict[str, float]:
+    """ZeRO-3 shards per GPU: bf16 weights and gradients, fp32 master weights and two Adam moments; and, gathered
+    whole, two layers (the running one and the one fetched ahead) and the larger embedding."""
+    n = parameters(shape)["total"]
+    full, linear = language_layer_parameters(shape)
+    live = 2 * max(full, linear, vision_layer_parameters(shape)) + shape.vocabulary * shape.hidden
+    return {
+        "weights (bf16 shard)": 0 if parameters_on_host else n * BF16 / gpus,
+        "gradients (bf16 shard)": n * BF16 / gpus,
+        "optimiser (fp32 master, two moments)": 0 if optimizer_on_host else n * 3 * FP32 / gpus,
+        "gathered layers and embedding": live * BF16,
+    }
+
+
+def activation_bytes(shape: Shape, tokens: int, response_tokens: int, patches: int) -> dict[str, float]:
+    """One micro-batch under gradient checkpointing: the input of every layer is kept, one layer's insides exist at once.
+
+    Inside a language layer, per token: residual, two normed copies, queries, keys, values, attention output and its
+    projection, and the three halves of the gated product; twice, for the gradients beside them.
+    """
+    inside = 4 * shape.hidden + 2 * shape.q_outputs + 2 * shape.kv_heads * shape.head_dim + 3 * shape.intermediate
+    vision_inside = 8 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate
+    features = patches // shape.merge**2 * shape.hidden * shape.vision_mergers
+    logits = min(response_tokens, LOGIT_CHUNK) * shape.vocabulary * (BF16 + 2 * FP32)
+    return {
+        "layer inputs": tokens * shape.hidden * shape.layers * BF16,
+        "one language layer": 2 * tokens * inside * BF16,
+        "logits chunk": logits,
+        "vision layer inputs": patches * shape.vision_hidden * shape.vision_depth * BF16,
+        "one vision layer": 2 * patches * vision_inside * BF16,
+        "vision features": 2 * features * BF16,
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    prompt_tokens: int
+    patches: int
+    frame: tuple[int, int]  # height, width in pixels
+    group_tokens: int  # prompt once and G longest responses
+    update: dict[str, float]  # bytes per GPU while the policy trains (vLLM asleep)
+    rollout: dict[str, float]  # bytes per GPU while vLLM is awake
+
+    @property
+    def peak_bytes(self) -> float:
+        # the vision tower and a language layer are never inside at the same time
+        either = {"one language layer", "logits chunk", "one vision layer"}
+        kept = sum(value for name, value in self.update.items() if name not in either)
+        update = kept + max(self.update[name] for name in either)
+        return max(update, sum(self.rollout.values()))
+
+
+def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
+    """The plan for clips of `frames` frames of args.height x args.width."""
+    settings = VideoSettings(
+        max_frames=max(frames, 4),
+        max_pixels=args.video_max_pixels,
+        total_pixels=args.total_pixels,
+        factor=shape.patch * shape.merge,
+        temporal_patch=shape.temporal_patch,
+    )
+    height, width = frame_size(args.height, args.width, frames, settings)
+    visual, patches = video_tokens(shape, frames, height, width)
+    prompt = visual + args.text_tokens
+    responses = args.group_size * args.max_response_tokens
+    tokens = args.groups_per_micro_batch * (prompt + responses)
+    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters)
+    update = rest | activation_bytes(
+        shape, tokens, args.groups_per_micro_batch * responses, args.groups_per_micro_batch * patches
+    )
+    asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "gradients"))}
+    rows = args.groups_per_rank * args.group_size
+    cached = args.groups_per_rank * prompt + min(rows, args.max_num_seqs) * args.max_response_tokens
+    n = parameters(shape)["total"]
+    rollout = asleep | {
+        "vLLM weights (bf16)": n * BF16 / args.tensor_parallel,
+        "KV cache of the whole step": cached * kv_bytes_per_token(shape) / args.tensor_parallel,
+        "vLLM activations and CUDA graphs (allowance)": 4 * GIB,
+    }
+    return Plan(prompt, patches, (height, width), prompt + responses, update, rollout)
+
+
+def most_frames(shape: Shape, args: argparse.Namespace) -> int:
+    """The largest even number of frames up to --max_frames whose plan stays within nine tenths of the GPU; 0 if none."""
+    low, high = 0, args.max_frames // 2
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = make_plan(shape, args, 2 * middle).peak_bytes <= 0.9 * args.gpu_memory_gib * GIB
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 2 * low
+
+
+def describe(shape: Shape, args: argparse.Namespace) -> str:
+    plan, n = make_plan(shape, args, args.frames), parameters(shape)
+    height, width = plan.frame
+    share = plan.prompt_tokens / plan.group_tokens
+    unpacked = args.group_size * (plan.prompt_tokens + args.max_response_tokens)
+    lines = [
+        f"{shape.family}, {n['total'] / 1e9:.2f} B parameters "
+        f"(language {n['language'] / 1e9:.2f}, embeddings {n['embeddings'] / 1e9:.2f}, vision {n['vision'] / 1e9:.2f})",
+        "",
+        "tokens",
+        f"  frames                 {args.frames} of {args.width}x{args.height}, resized to {width}x{height}",
+        f"  patches                {plan.patches:,} for the vision tower",
+        f"  prompt                 {plan.prompt_tokens:,} tokens ({args.text_tokens} of them text, by --text_tokens)",
+        f"  one packed group       {plan.group_tokens:,} tokens at most, {share:.0%} of them the prompt",
+        f"  as rows per response   {unpacked:,} tokens: {unpacked / plan.group_tokens:.1f} times as many",
+        "",
+    ]
+    for title, part in (("update", plan.update), ("rollout", plan.rollout)):
+        lines.append(f"{title}, GiB per GPU ({args.gpus} GPUs)")
+        lines += [f"  {name:<46}{value / GIB:8.2f}" for name, value in part.items()]
+    peak, room = plan.peak_bytes / GIB, 0.9 * args.gpu_memory_gib
+    lines += [
+        "",
+        f"peak {peak:.1f} GiB of {args.gpu_memory_gib:g} GiB: " + ("fits" if peak <= room else "does NOT fit"),
+    ]
+    most = most_frames(shape, args)
+    if most:
+        lines.append(f"most frames with these flags: {most}{' (--max_frames)' if most >= args.max_frames - 1 else ''}")
+    else:
+        lines.append("no number of frames fits: more GPUs, --offload_optimizer, or a smaller model")
+    return "\n".join(lines)
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="Hugging Face folder (its config.json is read)")
+    model.add_argument("--size", choices=SIZES, help="a published Qwen3-VL size")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs that share the ZeRO-3 states")
+    parser.add_argument("--gpu_memory_gib", type=float, default=139.0, help="memory of one GPU (H200: 139)")
+    parser.add_argument("--tensor_parallel", type=int, default=1, help="GPUs per vLLM engine")
+    parser.add_argument("--frames", type=int, default=128, help="frames of a clip")
+    parser.add_argument("--max_frames", type=int, default=2048, help="upper end of the search for what fits")
+    parser.add_argument("--height", type=int, default=720, help="height of the source video, pixels")
+    parser.add_argument("--width", type=int, default=1280, help="width of the source video, pixels")
+    parser.add_argument("--video_max_pixels", type=int, default=262144, help="largest area of one video frame, pixels")
+    parser.add_argument("--total_pixels", type=int, default=None, help="budget of a clip as in train/main.py")
+    parser.add_argument("--text_tokens", type=int, default=150, help="prompt tokens that are not visual")
+    parser.add_argument("--group_size", type=int, default=8, help="G: responses per prompt")
+    parser.add_argument("--max_response_tokens", type=int, default=2048, help="longest response")
+    parser.add_argument("--groups_per_rank", type=int, default=4, help="prompts of a step on one GPU")
+    parser.add_argument("--groups_per_micro_batch", type=int, default=1, help="groups packed into one forward")
+    parser.add_argument("--max_num_seqs", type=int, default=256, help="responses decoded at once per engine")
+    parser.add_argument("--offload_optimizer", action="store_true", help="optimiser states in host memory")
+    parser.add_argument("--offload_parameters", action="store_true", help="weights in host memory")
+    return parser
+
+
+def main() -> None:
+    parser = flags()
+    args = parser.parse_args()
+    try:
+        config = SIZES[args.size] if args.size else json.loads((args.model / "config.json").read_text())
+        text = describe(read_shape(config), args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

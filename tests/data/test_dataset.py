@@ -1,0 +1,291 @@
+"""Rows to samples, what is refused and how it is named, and the order of training."""
+
+import base64
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data.dataset import BadDataset, SampleOrder, file_weights, load, report
+from data.records import Media, Sample
+from data.rows import expand_files, read_rows
+
+ROOT = Path(__file__).parents[2]
+ROW = {"problem": "How many?", "answer": "3", "problem_type": "numerical"}
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.png"):
+        (tmp_path / name).write_bytes(b"not empty")
+    return tmp_path
+
+
+def test_a_full_row(folder):
+    row = {
+        "problem": "Which colour? <video>", "answer": "<answer>B</answer>", "problem_type": "Multiple_Choice",
+        "data_type": "video", "videos": ["a.mp4"], "options": ["A. red", "B. blue"], "problem_id": 17,
+        "data_source": "star", "unit": "cm",
+        "has_offline_trajectory": True, "offline_output": "<answer>B</answer>", "width": 640,
+    }  # fmt: skip
+    (sample,) = load([write(folder / "d.jsonl", [row])])
+    assert sample == Sample(
+        id="17", question="Which colour? <video>", answer="B", problem_type="multiple choice", data_type="video",
+        media=(Media("video", path=str(folder / "a.mp4")),), options=("A. red", "B. blue"),
+        offline_output="<answer>B</answer>", source="star",
+        extra={"problem_id": 17, "data_source": "star", "unit": "cm", "width": 640},
+        file=str(folder / "d.jsonl"), line=1,
+    )  # fmt: skip
+
+
+def test_the_other_ways_to_write_a_row(folder):
+    encoded = base64.b64encode(b"picture").decode()
+    rows = [
+        {**ROW, "path": "a.mp4"},
+        {**ROW, "path": "c.png"},
+        {"problem": "q", "solution": "<answer> 4 </answer>", "problem_type": "math"},
+        {**ROW, "videos": [{"path": "a.mp4", "start_s": 1, "end_s": 2.5}]},
+        {**ROW, "videos": ["a.mp4"], "video_start": 3},
+        {**ROW, "videos": [["c.png", "c.png"]]},
+        {**ROW, "images": [f"data:image/png;base64,{encoded}", {"bytes": encoded, "path": None}]},
+        {**ROW, "problem": "<image> then <video>", "videos": ["a.mp4"], "images": ["c.png"], "data_type": "video"},
+        {**ROW, "has_offline_trajectory": False, "offline_output": "unused"},
+        {**ROW, "problem_type": "multiple choice", "answer": "C", "options": {"A": "x", "B": "y", "C": "z"}},
+        {**ROW, "answer": {"time": [1, 2]}, "problem_type": "temporal grounding"},
+    ]
+    samples = load([write(folder / "d.jsonl", rows)])
+    video, picture = str(folder / "a.mp4"), str(folder / "c.png")
+    assert [sample.media for sample in samples] == [
+        (Media("video", path=video),),
+        (Media("image", path=picture),),
+        (),
+        (Media("video", path=video, start_s=1.0, end_s=2.5),),
+        (Media("video", path=video, start_s=3.0),),
+        (Media("video", frames=(picture, picture)),),
+        (Media("image", data=b"picture"), Media("image", data=b"picture")),
+        (Media("image", path=picture), Media("video", path=video)),
+        (),
+        (),
+        (),
+    ]
+    kinds = ["video", "image", "text", "video", "video", "video", "image", "mixed", "text", "text", "text"]
+    assert [sample.data_type for sample in samples] == kinds
+    assert samples[2].answer == "4" and samples[8].offline_output is None and samples[10].answer == {"time": [1, 2]}
+    assert samples[9].options == ("A. x", "B. y", "C. z")
+    assert [sample.id for sample in samples][:2] == ["d:1", "d:2"]
+
+
+BAD = [
+    ("{not json", "not JSON", ""),
+    ("[1, 2]", "not a JSON object", ""),
+    ({**ROW, "problem": " "}, "problem: missing or empty", ""),
+    ({**ROW, "answer": ""}, "answer: missing or empty", ""),
+    ({**ROW, "answer": None}, "answer: missing or empty", ""),
+    ({**ROW, "problem_type": "riddle"}, "problem_type: unknown problem_type 'riddle'", ""),
+    ({"problem": "q", "answer": "1"}, "problem_type: missing", ""),
+    ({**ROW, "videos": ["gone.mp4"]}, "gone.mp4 does not exist", "gone.mp4"),
+    ({**ROW, "videos": ["empty.mp4"]}, "is empty", "empty.mp4"),
+    ({**ROW, "videos": ["."]}, "is a folder", "."),
+    ({**ROW, "videos": ["a.mp4"], "problem": "<video> <video>"}, "2 <video> markers", ""),
+    ({**ROW, "data_type": "video"}, "data_type: says video, but the row has no media", ""),
+    ({**ROW, "data_type": "smell"}, "data_type: unknown 'smell'", ""),
+    ({**ROW, "problem_type": "multiple choice", "answer": "D", "options": ["A. x", "B. y"]}, "gold D is none", ""),
+    ({**ROW, "options": "A or B"}, "options: is not a list", ""),
+    ({**ROW, "has_offline_trajectory": True}, "offline_output: missing", ""),
+    ({**ROW, "videos": ["https://x.org/a.mp4"]}, "is not a local file", "https://x.org/a.mp4"),
+    ({**ROW, "videos": ["a.mp4"], "video_start": 5, "video_end": 4}, r"\[5.0, 4.0\) is empty", ""),
+    ({**ROW, "videos": [3]}, "videos: int is not a medium", ""),
+    ({**ROW, "images": ["data:image/png;base64,%%"]}, "not valid base64", ""),
+]
+
+
+@pytest.mark.parametrize("row, reason, path", BAD)
+def test_a_bad_row_is_named_by_file_line_field_and_remedy(folder, row, reason, path):
+    (folder / "empty.mp4").touch()
+    file = write(folder / "d.jsonl", [ROW, "", row, ROW])
+    with pytest.raises(BadDataset, match=reason) as caught:
+        load([file])
+    (problem,) = caught.value.problems
+    assert (problem["file"], problem["line"]) == (file, 3) and problem["remedy"]
+    assert problem["path"].endswith(path)
+    assert f"{file}:3: " in str(caught.value)
+    failed = folder / "failed.jsonl"
+    with pytest.warns(UserWarning, match="1 rows skipped"):
+        samples = load([file], on_bad_sample="skip", failed_file=str(failed))
+    assert [sample.line for sample in samples] == [1, 4]
+    assert {**problem, "schema_version": 1} == json.loads(failed.read_text())
+
+
+def test_gold_checker_and_long_lists(folder):
+    file = write(folder / "d.jsonl", [{**ROW, "answer": str(i)} for i in range(50)])
+    seen = []
+
+    def check(sample):
+        seen.append(sample.answer)
+        return "is odd" if int(sample.answer) % 2 else None
+
+    with pytest.raises(BadDataset) as caught:
+        load([file], check_gold=check)
+    assert seen == [str(i) for i in range(50)] and len(caught.value.problems) == 25
+    assert "answer: is odd" in str(caught.value) and "and 5 more" in str(caught.value)
+    with pytest.warns(UserWarning, match="25 rows skipped"):
+        assert len(load([file], check_gold=check, on_bad_sample="skip")) == 25
+    with pytest.raises(ValueError, match="no usable row"), pytest.warns(UserWarning):
+        load([file], check_gold=lambda _: "no", on_bad_sample="skip")
+
+
+def test_media_dir_field_names_and_foreign_caches(folder, tmp_path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    file = write(other / "d.jsonl", [{"q": "x", "gold": "1", "problem_type": "math", "clip": "a.mp4", "preprocessed_video": "z"}])
+    with pytest.warns(UserWarning, match="1 rows name a preprocessed_video"):
+        (sample,) = load(
+            [file], media_dir=str(folder), field_names={"problem": "q", "answer": "gold", "videos": "clip"}
+        )
+    assert (sample.question, sample.answer, sample.media[0].path) == ("x", "1", str(folder / "a.mp4"))
+    assert sample.extra == {}
+    with pytest.raises(ValueError, match="no such field"):
+        load([file], field_names={"colour": "q"})
+
+
+def test_ids_become_unique(folder):
+    one = write(folder / "one.jsonl", [{**ROW, "problem_id": 0}, {**ROW, "problem_id": 0}])
+    two = write(folder / "two.jsonl", [{**ROW, "problem_id": 0}])
+    assert [sample.id for sample in load([one, two])] == ["0", f"0@{one}:2", f"0@{two}:1"]
+
+
+def test_json_lists_know_their_lines(folder):
+    path = folder / "d.json"
+    path.write_text("[\n" + json.dumps(ROW) + ",\n\n" + json.dumps(ROW, indent=1) + ",\n" + json.dumps({}) + "\n]\n")
+    lines = [line for line, _ in read_rows(str(path))]
+    assert lines == [2, 4, 9]  # the second row takes lines 4 to 8
+    with pytest.raises(BadDataset, match=r"d\.json:9: problem: missing"):
+        load([str(path)])
+    path.write_text("[\n" + json.dumps(ROW) + ",\n{broken\n" + json.dumps(ROW) + "]")
+    with pytest.raises(BadDataset, match=r"d\.json:3: not JSON from here on"):
+        load([str(path)])
+
+
+def test_parquet_and_saved_datasets(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{**ROW, "images": [{"bytes": b"abc", "path": None}], "unit": None}, {**ROW, "images": [], "unit": "m"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
+    first, second = load([str(folder / "d.parquet")])
+    assert first.media == (Media("image", data=b"abc"),) and first.extra == {} and second.extra == {"unit": "m"}
+    assert (first.line, second.line) == (1, 2)
+    (folder / "broken.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        load([str(folder / "broken.parquet")])
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{**ROW, "n": i} for i in range(5)]).select([0, 2, 4]).save_to_disk(folder / "saved")
+    assert [sample.extra["n"] for sample in load([str(folder / "saved")])] == [0, 2, 4]
+    with pytest.raises(ValueError, match=r"several splits; name one: .*saved"):
+        load([str(folder)])
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="without state"):
+        load([str(folder / "empty")])
+
+
+def test_files_globs_and_weights(folder):
+    for name in ("x1", "x2", "y"):
+        write(folder / f"{name}.jsonl", [ROW])
+    assert list(expand_files([f"{folder}/x*.jsonl"])) == [f"{folder}/x1.jsonl", f"{folder}/x2.jsonl"]
+    assert file_weights([f"{folder}/*.jsonl"]) is None
+    weights = file_weights([f"{folder}/x*.jsonl::3", f"{folder}/y.jsonl::1"])
+    assert weights == {f"{folder}/x1.jsonl": 1.5, f"{folder}/x2.jsonl": 1.5, f"{folder}/y.jsonl": 1.0}
+    for wrong, reason in (
+        (["nothing*.jsonl"], "no such file"),
+        ([f"{folder}/y.jsonl", f"{folder}/y.jsonl"], "twice"),
+        ([f"{folder}/y.jsonl::0"], "must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load(wrong)
+    with pytest.raises(ValueError, match="every entry"):
+        file_weights([f"{folder}/x1.jsonl::2", f"{folder}/y.jsonl"])
+
+
+def samples(n: int, file: str = "f", **columns) -> list[Sample]:
+    return [
+        Sample(f"{file}{i}", "q", "a", "math", "text", file=file, line=i, extra={k: v(i) for k, v in columns.items()})
+        for i in range(n)
+    ]
+
+
+def ids(order: SampleOrder, position: int, n: int) -> list[str]:
+    return [sample.id for sample in order.take(position, n)[0]]
+
+
+def test_order_is_a_function_of_the_position():
+    rows = samples(7)
+    straight = ids(SampleOrder(rows, 3), 0, 35)
+    for epoch in range(5):
+        assert sorted(straight[7 * epoch : 7 * epoch + 7]) == [f"f{i}" for i in range(7)]
+    assert len({tuple(straight[7 * epoch : 7 * epoch + 7]) for epoch in range(5)}) > 1
+    for cut in range(35):  # a new process that only knows the position
+        order = SampleOrder(rows, 3)
+        taken, position = order.take(cut, 35 - cut)
+        assert [sample.id for sample in taken] == straight[cut:] and position == 35
+    assert ids(SampleOrder(rows, 4), 0, 35) != straight
+    assert ids(SampleOrder(rows, 3, shuffle=False), 5, 4) == ["f5", "f6", "f0", "f1"]
+    # Pinned: an order that changes between versions breaks every resume.
+    assert ids(SampleOrder(rows, 0), 0, 7) == PINNED
+
+
+PINNED = ["f0", "f6", "f1", "f4", "f5", "f3", "f2"]
+
+
+def test_weights_are_shares_and_no_row_starves():
+    rows = samples(10, "big") + samples(4, "small")
+    order = SampleOrder(rows, 1, weights={"big": 1, "small": 1})
+    taken = ids(order, 0, 14 * 10)
+    for epoch in range(10):
+        assert sum(name.startswith("big") for name in taken[14 * epoch : 14 * epoch + 14]) == 7
+    big, small = (Counter(name for name in taken if name.startswith(kind)) for kind in ("big", "small"))
+    assert set(big.values()) == {7} and set(small.values()) <= {17, 18} and len(small) == 4
+    for cut in (1, 13, 14, 77):
+        assert ids(SampleOrder(rows, 1, weights={"big": 1, "small": 1}), cut, 140 - cut) == taken[cut:]
+    for wrong in ({"big": 1}, {"big": 1, "small": 1, "none": 1}, {"big": 1, "small": 0}):
+        with pytest.raises(ValueError):
+            SampleOrder(rows, 1, weights=wrong)
+
+
+def test_curriculum_sorts_each_epoch():
+    rows = samples(9, level=lambda i: i % 3)
+    for sign, wanted in (("", [0, 0, 0, 1, 1, 1, 2, 2, 2]), ("-", [2, 2, 2, 1, 1, 1, 0, 0, 0])):
+        order = SampleOrder(rows, 5, curriculum=f"{sign}level")
+        taken = order.take(0, 18)[0]
+        assert [sample.extra["level"] for sample in taken] == wanted * 2
+        assert [sample.id for sample in taken[:9]] != [sample.id for sample in taken[9:]]  # equals are shuffled anew
+    with pytest.raises(ValueError, match="--curriculum speed: f:0 has None"):
+        SampleOrder(rows, 5, curriculum="speed")
+
+
+def test_report_counts():
+    rows = samples(3, duration=lambda i: [5, 45, 50][i])
+    text = report(rows)
+    assert "math 3" in text and "text 3" in text and "< 10 s 1, 30-60 s 2" in text
+
+
+def test_100k_rows_are_read_whole(folder):
+    rows = [{**ROW, "videos": [("a.mp4", "b.mp4")[i % 2]], "problem_id": i} for i in range(100_000)]
+    loaded = load([write(folder / "d.jsonl", rows)])
+    assert len(loaded) == 100_000 and loaded[99_999].id == "99999" and loaded[99_999].line == 100_000
+
+
+def test_reading_needs_neither_torch_nor_a_decoder(folder):
+    file = write(folder / "d.jsonl", [{**ROW, "videos": ["a.mp4"]}])
+    code = (
+        f"import sys; from data.dataset import load; load([{file!r}]);"
+        "print([name for name in ('torch', 'av', 'decord', 'transformers', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

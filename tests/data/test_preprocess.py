@@ -1,0 +1,227 @@
+"""The preprocessing program: bad media among good, duplicates, resume, kills, time limits, shards, care of the cache."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import preprocess
+from data.decode_pool import run_jobs
+from data.frame_cache import FrameCache, cache_files, read_entry, read_pixels
+from data.records import Media, Sample
+from data.video import MediaError, VideoSettings, read_video
+from tests.data.clips import make_clip
+from tests.data.test_decode import bad_files
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--video_max_pixels", "9216", "--fps", "4", "--max_frames", "32"]
+SETTINGS = VideoSettings(fps=4, max_frames=32, max_pixels=9216)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def clips(folder: Path, n: int, frames: int = 20) -> list[str]:
+    return [make_clip(folder / f"{i}.mp4", frames=frames + i, height=90, width=122) for i in range(n)]
+
+
+def test_mixed_rows_bad_media_and_resume(tmp_path, capsys):
+    from PIL import Image
+
+    good = clips(tmp_path, 3)
+    (tmp_path / "bad").mkdir()
+    bad = bad_files(tmp_path / "bad")
+    Image.new("RGB", (50, 40)).save(tmp_path / "p.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "p.png").read_bytes()[:60])
+    rows = [{"videos": good[:2], "id": 0}, {"video": good[2], "start_s": 0.2, "end_s": 0.7}, {"problem": "text only"}]
+    rows += [{"videos": [good[0]]}, {"images": ["p.png"]}, {"images": ["torn.png"], "id": "torn"}]
+    rows += [{"videos": [path], "id": name} for name, (path, _) in bad.items()]
+    file, cache_dir = write(tmp_path / "d.jsonl", rows), str(tmp_path / "cache")
+    assert preprocess.main(["--data", file, "--cache_dir", cache_dir, "--workers", "2", *FLAGS]) == 1
+    assert "3 videos decoded" in capsys.readouterr().out
+    failed = [json.loads(line) for line in Path(cache_dir, "failed.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in failed] == ["torn", *bad]
+    for row in failed:
+        assert row["reason"] and row["remedy"] and row["line"] and row["file"] == file
+    # Everything good is there, the window too; nothing temporary is left.
+    require = FrameCache(cache_dir, "require")
+    wanted = [Media("video", path=path) for path in good[:2]] + [Media("video", path=good[2], start_s=0.2, end_s=0.7)]
+    assert require.check(wanted, SETTINGS) == []
+    for media in wanted:
+        np.testing.assert_array_equal(require.frames(media, SETTINGS).pixels, read_video(media, SETTINGS).pixels)
+    assert not list(Path(cache_dir).rglob("*.tmp-*"))
+    # The verdict on a content is honoured without trying again.
+    media = Media("video", path=bad["truncated.mp4"][0])
+    with pytest.raises(MediaError, match="truncated"):
+        FrameCache(cache_dir, "prefer").frames(media, SETTINGS)
+    assert FrameCache(cache_dir).known_failure(media) is not None
+    samples = [
+        Sample(name, "q", "a", "math", "video", media=(item,), file="d", line=line)
+        for line, (name, item) in enumerate({"good": wanted[0], "cut": media}.items())
+    ]
+    kept, problems = FrameCache(cache_dir).split_failed(samples)
+    assert [sample.id for sample in kept] == ["good"]
+    assert (problems[0]["id"], problems[0]["line"]) == ("cut", 1) and "truncated" in problems[0]["reason"]
+    # Again: nothing is decoded twice, a repaired file is found and leaves the list.
+    make_clip(bad["truncated.mp4"][0], frames=10)
+    command = ["--data", file, "--cache_dir", cache_dir, "--on_bad_sample", "skip", *FLAGS]
+    assert preprocess.main(command) == 0
+    assert "1 videos decoded" in (text := capsys.readouterr().out) and "3 already there" in text
+    assert "truncated.mp4" not in Path(cache_dir, "failed.jsonl").read_text()
+
+
+def test_same_content_is_decoded_once(tmp_path):
+    """Four names, one content (identity full ignores mtime): the second waits for the first, then finds its file."""
+    path = make_clip(tmp_path / "a.mp4", frames=100, height=90, width=122)
+    copies = []
+    for i in range(4):
+        copies.append(str(tmp_path / f"copy{i}.mp4"))
+        Path(copies[-1]).write_bytes(Path(path).read_bytes())
+    (tmp_path / "cache").mkdir()
+    cache = FrameCache(str(tmp_path / "cache"), identity="full")
+    jobs = [Media("video", path=copy) for copy in copies]
+    answers = [answer for _, answer in run_jobs(jobs, cache, SETTINGS, {"identity": "full"}, 2, 60)]
+    assert sum("cached" in answer for answer in answers) == 3 and len(cache_files(cache.cache_dir)) == 1
+
+
+def test_time_limit_kills_and_the_rest_goes_on(tmp_path):
+    """A clip that needs far longer than the limit; small ones before and after it are done."""
+    slow = make_clip(tmp_path / "slow.mp4", frames=250, height=720, width=1280, options={"preset": "ultrafast"})
+    small = clips(tmp_path, 2)
+    (tmp_path / "cache").mkdir()
+    cache = FrameCache(str(tmp_path / "cache"))
+    settings = VideoSettings(fps=20, max_frames=250, max_pixels=2_000_000)
+    # Workers import torch first, the slow clip is enlarged to 250 frames of 2 megapixels.
+    list(run_jobs([Media("video", path=small[0])], cache, settings, {}, 1, 60))
+    jobs = [Media("video", path=path) for path in (small[0], slow, small[1])]
+    answers = {media.path: answer for media, answer in run_jobs(jobs, cache, settings, {}, 1, 6)}
+    assert "took over 6 s" in answers[slow]["reason"]
+    assert answers[small[0]] == {"cached": True} and answers[small[1]]["frames"] > 0
+    assert not list(Path(cache.cache_dir).rglob("*.tmp-*"))
+
+
+def test_a_dying_decoder_is_a_failure_of_its_video_only(tmp_path, monkeypatch):
+    small = clips(tmp_path, 3)
+    (tmp_path / "cache").mkdir()
+    cache = FrameCache(str(tmp_path / "cache"))
+    import data.decode_pool as pool
+
+    started, start = [], pool.start_worker
+    monkeypatch.setattr(pool, "start_worker", lambda arguments: started.append(start(arguments)) or started[-1])
+    running = run_jobs([Media("video", path=path) for path in small], cache, SETTINGS, {}, 1, 60)
+    first = next(running)
+    started[0].process.kill()
+    rest = dict(running)
+    assert "frames" in first[1] and len(started) == 2
+    assert ["decoder died (SIGKILL)" in answer.get("reason", "") for answer in rest.values()].count(True) == 1
+
+
+def test_shards_part_the_work(tmp_path):
+    file = write(tmp_path / "d.jsonl", [{"videos": [path]} for path in clips(tmp_path, 9, frames=6)])
+    parts = [set(preprocess.collect([file], None, (i, 3), None)[0]) for i in range(3)]
+    assert sum(len(part) for part in parts) == len(set().union(*parts)) == 9
+    assert sum(bool(part) for part in parts) >= 2
+    cache_dir = str(tmp_path / "cache")
+    for i in range(3):
+        command = ["--data", file, "--cache_dir", cache_dir, "--shard", f"{i}/3", "--workers", "1", *FLAGS]
+        assert preprocess.main(command) == 0
+    assert len(cache_files(cache_dir)) == 9
+
+
+def test_care_of_the_cache(tmp_path, capsys):
+    paths = clips(tmp_path, 3)
+    cache_dir = tmp_path / "cache"
+    cache_dir.mkdir()
+    cache = FrameCache(str(cache_dir))
+    for path in paths:
+        cache.frames(Media("video", path=path), SETTINGS)
+    command = ["--cache_dir", str(cache_dir)]
+    assert preprocess.main([*command, "--list", "--stats", "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert all(path in text for path in paths) and "3 files of 3 videos" in text and "3 files read, 0 damaged" in text
+    broken = cache.path(Media("video", path=paths[0]), SETTINGS)
+    data = bytearray(Path(broken).read_bytes())
+    data[-5] ^= 1
+    Path(broken).write_bytes(data)
+    os.unlink(paths[1])
+    assert preprocess.main([*command, "--verify"]) == 1
+    assert preprocess.main([*command, "--prune"]) == 0
+    assert len(cache_files(str(cache_dir))) == 3  # only shown
+    assert preprocess.main([*command, "--prune", "--yes"]) == 0
+    assert cache_files(str(cache_dir)) == [cache.path(Media("video", path=paths[2]), SETTINGS)]
+
+
+def test_gold_is_checked_on_request(tmp_path):
+    if not hasattr(pytest.importorskip("rewards"), "check_gold"):
+        pytest.skip("rewards has no gold checker yet")
+    rows = [
+        {"problem": "q", "answer": "blue", "problem_type": "numerical", "id": 5},
+        {"problem": "q", "answer": "7", "problem_type": "numerical", "id": 6},
+    ]
+    file, cache_dir = write(tmp_path / "d.jsonl", rows), tmp_path / "cache"
+    command = ["--data", file, "--cache_dir", str(cache_dir)]
+    assert preprocess.main(command) == 0 and not (cache_dir / "failed.jsonl").exists()
+    with pytest.warns(UserWarning, match="1 rows skipped"):
+        assert preprocess.main([*command, "--check_gold"]) == 1
+    (failed,) = [json.loads(line) for line in (cache_dir / "failed.jsonl").read_text().splitlines()]
+    assert (failed["id"], failed["line"]) == ("5", 1) and "answer" in failed["reason"]
+
+
+@pytest.mark.parametrize("flags", [["--shard", "3/3"], [], ["--stats"], ["--data", "x", "--workers", "0"]])
+def test_wrong_flags_are_refused(tmp_path, flags):
+    with pytest.raises(SystemExit):
+        preprocess.parse_args(["--cache_dir", str(tmp_path / "none"), *flags])
+
+
+def contents(cache_dir: Path) -> dict[str, bytes]:
+    return {str(Path(path).relative_to(cache_dir)): Path(path).read_bytes() for path in cache_files(str(cache_dir))}
+
+
+@pytest.mark.parametrize("kills, clips_made", [(1, 4), pytest.param(20, 12, marks=pytest.mark.slow)])
+def test_kill_at_random_moments_then_resume(tmp_path, kills, clips_made):
+    """kill -9 of the whole process group, again and again: the cache ends equal to an uninterrupted one."""
+    paths = [
+        make_clip(tmp_path / f"{i}.mp4", frames=100, height=360, width=640, options={"preset": "ultrafast"})
+        for i in range(clips_made)
+    ]
+    file = write(tmp_path / "d.jsonl", [{"videos": [path]} for path in paths])
+    flags = ["--data", file, "--fps", "10", "--video_max_pixels", "65536"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert preprocess.main([*flags, "--cache_dir", str(straight)]) == 0
+    command = [sys.executable, str(ROOT / "data/preprocess.py"), *flags, "--cache_dir", str(broken), "--workers", "2"]
+    chance = random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(1.0, 6.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for path in cache_files(str(broken)):  # a name that exists is complete, at any moment
+            read_pixels(read_entry(path))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contents(broken) == contents(straight)
+    assert not list(broken.rglob("*.tmp-*"))
+
+
+@pytest.mark.slow
+def test_two_thousand_files_a_tenth_of_them_bad(tmp_path):
+    good = Path(make_clip(tmp_path / "good.mp4", frames=12, height=48, width=64)).read_bytes()
+    rows = []
+    for i in range(2000):
+        path = tmp_path / f"{i}.mp4"
+        path.write_bytes(good[: len(good) // 2] if i % 10 == 0 else good)
+        rows.append({"videos": [str(path)], "id": i})
+    file, cache_dir = write(tmp_path / "d.jsonl", rows), str(tmp_path / "cache")
+    assert preprocess.main(["--data", file, "--cache_dir", cache_dir, "--on_bad_sample", "skip", *FLAGS]) == 0
+    failed = [json.loads(line) for line in Path(cache_dir, "failed.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in failed] == [str(i) for i in range(0, 2000, 10)]
+    assert len(cache_files(cache_dir)) == 1800

@@ -1,0 +1,54 @@
+"""scripts/compare_runs.py on two finished runs: the paired difference, what it says about unequal runs, the picture."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from evaluate._run import main
+from scripts import compare_runs
+from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, write_toy
+
+
+def run(toy, out, letter, *flags):
+    make_engine, make_encoder, _ = fake_parts(decode=False, engine=FakeEngine(lambda text: letter(text)))
+    arguments = ["--model", "m", "--data_dir", str(toy), "--output_dir", str(out), *flags]
+    assert main(TOY, arguments, make_engine=make_engine, make_encoder=make_encoder) == 0
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    """20 clips, 2 questions; gold = (clip + question) % 4. "A" is right 10 times of 40; B also knows question 0: 20 + 5."""
+    write_toy(tmp_path / "toy", clips=20, questions=2)
+
+    def knows_first(text: str) -> str:
+        clip = int(text.split("about clip ")[1].split("?")[0])
+        return "ABCD"[clip % 4] if "Question 0" in text else "A"
+
+    run(tmp_path / "toy", tmp_path / "one", lambda text: "A")
+    run(tmp_path / "toy", tmp_path / "two", knows_first, "--max_frames", "8")
+    capsys.readouterr()
+    places = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert compare_runs.main([*places, "--plot", str(tmp_path / "p.svg"), "--json", str(tmp_path / "f.json")]) == 0
+    said = capsys.readouterr().out
+    assert "25.0" in said and "62.5" in said and "+37.5" in said
+    assert "run with other frames" in said
+    (figures,) = json.loads((tmp_path / "f.json").read_text()).values()
+    assert figures["difference"] == pytest.approx(15 / 40) and (figures["wins"], figures["losses"]) == (15, 0)
+    assert figures["common"] == 40 and figures["p_value"] < 0.001 and figures["low"] > 0.2
+    picture = ElementTree.parse(tmp_path / "p.svg").getroot()
+    bars = [float(rect.get("width")) for rect in picture if rect.tag.endswith("rect")][2:]
+    assert bars == [560 * 0.25, 560 * 0.625]
+
+
+def test_clusters_are_the_videos_of_the_rows(tmp_path):
+    write_toy(tmp_path / "toy", clips=3, questions=2)
+    run(tmp_path / "toy", tmp_path / "one", lambda text: "A")
+    (found,) = compare_runs.find_runs(tmp_path / "one")
+    assert len(found.scores) == 6 and len(set(found.videos.values())) == 3
+
+
+def test_places_without_runs_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no results\.json"):
+        compare_runs.main([str(tmp_path), str(tmp_path)])

@@ -1,0 +1,258 @@
+"""The pipeline by itself: bounded memory, sharing of clips, what happens when something hangs or dies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from data.records import Media, Prompt, Sample
+from data.video import MediaError
+from evaluate._engine import (
+    BytesGate,
+    Completion,
+    Limits,
+    Occupancy,
+    SharedFrames,
+    group_by_clip,
+    run_pipeline,
+)
+from tests.evaluate.fakes import FakeEngine, RequestFailed
+
+
+def samples_of(clips: int, questions: int) -> list[Sample]:
+    return [
+        Sample(f"{clip}-{q}", f"q{q}", "A", "open-ended", "video", (Media("video", path=f"{clip}.mp4"),))
+        for q in range(questions)
+        for clip in range(clips)
+    ]
+
+
+def prompt_of(sample: Sample, pixels: int = 100, text: str = "") -> Prompt:
+    empty, frames = np.zeros(0, np.int64), np.zeros(pixels, np.uint8)
+    request = {"prompt": text or sample.question, "multi_modal_data": {"video": [frames]}}
+    return Prompt(sample, text or sample.question, request, empty, empty, empty, None, empty)
+
+
+def pipeline(samples, encode, engine, **limits):
+    rows: list[tuple[str, dict]] = []
+    stats = asyncio.run(
+        run_pipeline(
+            samples,
+            encode=encode,
+            engine=engine,
+            sampling={"max_tokens": 10},
+            limits=Limits(**limits),
+            on_row=lambda sample, row: rows.append((sample.id, row)),
+        )
+    )
+    return rows, stats
+
+
+def test_questions_of_a_clip_stand_together():
+    groups = group_by_clip(samples_of(3, 2))
+    assert [[sample.id for sample in group] for group in groups] == [["0-0", "0-1"], ["1-0", "1-1"], ["2-0", "2-1"]]
+    text_only = [Sample(str(n), "q", "A", "math", "text") for n in range(2)]
+    assert len(group_by_clip(text_only)) == 2
+
+
+def test_every_sample_gets_exactly_one_row_whatever_happens_to_it():
+    def encode(sample):
+        if sample.id.startswith("1-"):
+            raise MediaError("1.mp4", "is truncated", "download it again")
+        if sample.id == "2-1":
+            raise ValueError("no prompt")
+        return prompt_of(sample)
+
+    class Engine(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            if request_id.endswith("3-0"):
+                raise RequestFailed("too long")
+            if request_id.endswith("3-1"):
+                await asyncio.sleep(60)
+            return await super().generate(prompt, sampling, request_id)
+
+    rows, _ = pipeline(samples_of(5, 2), encode, Engine(), loaders=3, request_timeout_s=0.2)
+    status = {name: row["status"] for name, row in rows}
+    assert len(rows) == 10
+    assert status == {
+        "0-0": "", "0-1": "", "1-0": "media_error", "1-1": "media_error", "2-0": "", "2-1": "prompt_error",
+        "3-0": "request_failed", "3-1": "request_timeout", "4-0": "", "4-1": "",
+    }  # fmt: skip
+
+
+def test_a_decoder_that_hangs_costs_its_time_limit_and_no_more():
+    release = threading.Event()
+
+    def encode(sample):
+        if sample.id == "0-0":
+            release.wait(20)
+        return prompt_of(sample)
+
+    began = time.monotonic()
+    rows, _ = pipeline(samples_of(6, 1), encode, FakeEngine(), loaders=1, decode_timeout_s=0.3)
+    release.set()
+    assert time.monotonic() - began < 15
+    assert dict(rows)["0-0"]["status"] == "load_timeout" and len(rows) == 6
+
+
+def test_a_dead_engine_ends_the_run_and_keeps_what_was_answered():
+    class Dies(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            if len(self.asked) == 3:
+                raise RuntimeError("engine core died")
+            return await super().generate(prompt, sampling, request_id)
+
+    rows = []
+    with pytest.raises(RuntimeError, match="engine core died"):
+        asyncio.run(
+            run_pipeline(
+                samples_of(20, 1),
+                encode=prompt_of,
+                engine=Dies(),
+                sampling={"max_tokens": 1},
+                limits=Limits(loaders=1),
+                on_row=lambda sample, row: rows.append(row),
+            )
+        )
+    assert 1 <= len(rows) <= 3
+
+
+@pytest.mark.parametrize("limit", [450, 950, 10_000])
+def test_bytes_in_flight_stay_below_the_bound(limit):
+    """Each clip holds 100 bytes and the engine's copy twice that: at most limit // 300 clips are under way."""
+    under_way, most, lock = set(), 0, threading.Lock()
+
+    def encode(sample):
+        nonlocal most
+        with lock:
+            under_way.add(sample.media)
+            most = max(most, len(under_way))
+        return prompt_of(sample)
+
+    rows = []
+
+    def on_row(sample, row):
+        rows.append(row)
+        if sample.id.endswith("-1"):
+            under_way.discard(sample.media)
+
+    class InOrder(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            await asyncio.sleep(0.01 if prompt["prompt"] == "q1" else 0.0)
+            return Completion("x", "stop", 1, 1)
+
+    stats = asyncio.run(
+        run_pipeline(
+            samples_of(12, 2),
+            encode=encode,
+            engine=InOrder(),
+            sampling={"max_tokens": 1},
+            limits=Limits(loaders=6, max_in_flight_bytes=limit, clip_bytes=100),
+            on_row=on_row,
+        )
+    )
+    assert len(rows) == 24 and most <= max(1, limit // 300) and stats.peak_bytes <= max(limit, 300)
+
+
+def test_gate_serves_the_oldest_first_and_lets_one_giant_through():
+    async def scenario():
+        gate, order = BytesGate(100), []
+
+        async def work(name, amount):
+            await gate.reserve(amount)
+            order.append(name)
+
+        await gate.reserve(60)
+        tasks = [asyncio.create_task(work("giant", 500)), asyncio.create_task(work("small", 10))]
+        await asyncio.sleep(0)
+        assert order == []  # the small one does not overtake
+        gate.resize(60, 0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert order == ["giant"]
+        gate.resize(500, 0)
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(scenario()) == ["giant", "small"]
+
+
+def test_loaders_work_at_the_same_time():
+    """20 clips of 0.05 s on 5 threads: the fake decoder must have been in five places at once."""
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def encode(sample):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.05)
+        with lock:
+            inside -= 1
+        return prompt_of(sample)
+
+    pipeline(samples_of(20, 1), encode, FakeEngine(), loaders=5)
+    assert most == 5
+
+
+def test_requests_run_together_up_to_the_limit():
+    engine = FakeEngine(delay_s=0.02, slots=100)
+    pipeline(samples_of(20, 2), prompt_of, engine, loaders=2, max_concurrent=7)
+    assert engine.most == 7
+
+
+def test_shared_frames_decode_once_per_clip_and_forget():
+    calls = []
+
+    class Cache:
+        def frames(self, media, settings):
+            calls.append(media)
+            return object()
+
+    shared, scope = SharedFrames(Cache()), {}
+    shared.use(scope)
+    assert shared.frames("a", 1) is shared.frames("a", 1) is not shared.frames("b", 1)
+    assert calls == ["a", "b"]
+    shared.use(None)
+    shared.frames("a", 1)
+    assert calls == ["a", "b", "a"]
+
+
+def test_a_thought_over_budget_is_closed_and_concluded():
+    class Thinker(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            self.asked.append(prompt["prompt"])
+            if sampling["max_tokens"] == 4:
+                return Completion("hmm hmm hmm hmm", "length", 5, 4)
+            assert sampling["max_tokens"] == 3
+            return Completion("Answer: B", "stop", 9, 2)
+
+    engine, rows = Thinker(), []
+    sample = samples_of(1, 1)[0]
+    asyncio.run(
+        run_pipeline(
+            [sample],
+            encode=lambda s: prompt_of(s, text="<|im_start|>assistant\n<think>\n"),
+            engine=engine,
+            sampling={"max_tokens": 100},
+            limits=Limits(thinking_budget=4, answer_budget=3),
+            on_row=lambda s, row: rows.append(row),
+        )
+    )
+    assert engine.asked[1] == "<|im_start|>assistant\n<think>\nhmm hmm hmm hmm\n</think>\n\n"
+    assert rows[0]["response"] == "hmm hmm hmm hmm\n</think>\n\nAnswer: B"
+    assert rows[0]["conclusion_forced"] and rows[0]["think_prefilled"] and rows[0]["response_tokens"] == 6
+
+
+def test_idle_share(monkeypatch):
+    """Engine busy in [0, 2], empty in [2, 5], two requests in [5, 6], one in [6, 8]: idle 3 of 8, mean (2+2+2)/8."""
+    clock = iter([0.0, 2.0, 5.0, 5.0, 6.0, 8.0])
+    monkeypatch.setattr("evaluate._engine.time.perf_counter", lambda: next(clock) + 100)
+    occupancy = Occupancy()
+    for by in (+1, -1, +1, +1, -1, -1):
+        occupancy.change(by)
+    assert occupancy.as_dict() == {"engine_wall_s": 8.0, "engine_idle_share": 0.375, "mean_requests_in_engine": 0.75}

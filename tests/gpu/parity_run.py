@@ -1,0 +1,113 @@
+"""Program behind test_parity.py: policy and engine of one family on one device, a large update, a sync, the old weights back.
+
+python tests/gpu/parity_run.py MODEL_DIR MEDIA_FOLDER OUT.json ATTENTION
+
+Runs on a CPU too (fp32, no sleep), so that it can be tried without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import json
+import os
+
+import torch
+
+from data.encode import Encoder
+from data.records import Group, Media, Sample
+from rollout.engine import RolloutEngine
+from tests.train.policy_run import make_args, weighted
+from train import distributed
+from train.policy import build_policy
+
+VIDEO = {"fps": 2.0, "min_frames": 4, "max_frames": 8, "min_pixels": 4096, "max_pixels": 112 * 224}
+IMAGE = {"min_pixels": 4096, "max_pixels": 128 * 128}
+MIXES = (("wide.mp4",), ("wide.mp4", "odd.mp4"), ("still.png", "odd.mp4"), ())
+TEMPERATURE = 0.8
+SAMPLING = {"temperature": TEMPERATURE, "max_tokens": 24}
+
+
+def make_sample(folder: Path, names, number: int) -> Sample:
+    media = tuple(Media("image" if n.endswith("png") else "video", path=str(folder / n)) for n in names)
+    kind = "mixed" if len(names) > 1 else "video" if names else "text"
+    return Sample(f"q{number}", "Which colour is the square?", "A", "multiple choice", kind, media, ("red", "green"))
+
+
+def sample(engine, prompts, step: int) -> list[Group]:
+    """Groups of three responses. The engine compares its prompt ids with ours and raises if they differ."""
+    groups = [None] * len(prompts)
+    for index, responses in engine.generate(prompts, n=3, sampling=SAMPLING, step=step):
+        groups[index] = Group(prompts[index], responses)
+    return groups
+
+
+def gap(policy, groups) -> float:
+    """Mean distance of vLLM's log-probs from the policy's, over all sampled tokens."""
+    with torch.no_grad():
+        scored, _ = policy.logprobs(groups, temperature=TEMPERATURE)
+    sampled = [torch.tensor(response.rollout_logprobs) for group in groups for response in group.responses]
+    return float(torch.cat([(scored[i, : len(row)].cpu() - row).abs() for i, row in enumerate(sampled)]).mean())
+
+
+def used_gib() -> float:
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def main() -> None:
+    model_dir, media_folder, out, attention = sys.argv[1:5]
+    device = distributed.init()
+    distributed.init_deepspeed(device)
+    cuda = device.type == "cuda"
+    encoder = Encoder(model_dir, video=VIDEO, image=IMAGE, style="direct")
+    args = make_args(model_dir, dtype="auto", attention=attention, vision_learning_rate=None, merger_learning_rate=None)
+    policy = build_policy(args, device=device, banned_ids=encoder.visual_token_ids)
+    engine = RolloutEngine(
+        model_dir, encoder=encoder, dtype="bf16" if cuda else "fp32", max_model_len=1024, max_num_seqs=16,
+        kv_cache_gib=2.0 if cuda else 0.0625, gpu_memory_utilization=0.1, enforce_eager=True, seed=3,
+    )  # fmt: skip
+    engine.sync(policy.named_tensors())
+    first = {name: tensor.cpu() for name, tensor in policy.named_tensors()}
+    prompts = [encoder.encode(make_sample(Path(media_folder), names, i)) for i, names in enumerate(MIXES)]
+    seen: dict = {"names": len(first)}
+
+    groups = sample(engine, prompts, 0)
+    seen["gap_at_start"] = gap(policy, groups)
+    start = [(r.token_ids, r.rollout_logprobs) for group in groups for r in group.responses]
+
+    awake = used_gib()
+    engine.sleep()
+    asleep = used_gib()
+    tokens = float(sum(len(r.token_ids) for group in groups for r in group.responses))
+    for _ in range(3):
+        logprobs, _ = policy.logprobs(groups, temperature=TEMPERATURE)
+        policy.backward(weighted(logprobs, tokens))
+        policy.step(1e-2)
+    seen["gap_of_old_responses"] = gap(policy, groups)  # the policy has moved away from what was sampled
+    engine.wake(weights=True, kv=False)
+    seen["synced"] = engine.sync(policy.named_tensors(1 << 16))
+    engine.wake(weights=False, kv=True)
+    seen["awake_gib"], seen["asleep_gib"], seen["awake_again_gib"] = awake, asleep, used_gib()
+    seen["gap_after_sync"] = gap(policy, sample(engine, prompts, 1))
+
+    # The first weights again: the engine must be what it was, to the last bit of what it computes.
+    engine.sync((name, tensor.to(device)) for name, tensor in first.items())
+    again = [(r.token_ids, r.rollout_logprobs) for group in sample(engine, prompts, 0) for r in group.responses]
+    seen["same_tokens"] = sum(a[0] == b[0] for a, b in zip(start, again)) / len(start)
+    seen["same_logprobs_gap"] = max(
+        abs(x - y) for a, b in zip(start, again) if a[0] == b[0] for x, y in zip(a[1], b[1])
+    )
+    Path(out).write_text(json.dumps(seen))
+    sys.stdout.flush()
+    os._exit(0)  # threads of vLLM can hold an ordinary exit
+
+
+if __name__ == "__main__":
+    main()

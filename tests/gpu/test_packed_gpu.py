@@ -1,0 +1,76 @@
+"""The packed group against one row per response on the GPU's own kernels: flex (fp32 and bf16) and varlen (bf16)."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from data.records import Group
+from tests.tiny_models import tiny_model
+from tests.train.packed_cases import PromptMaker
+from train.group_attention import pack
+from train.packed_model import PackedModel
+from train.vision import read_normalisation
+
+CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    folder = tiny_model(request.param)
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    maker = PromptMaker(folder, plain.config)
+    return folder, plain, [maker.group(*case)[0] for case in CASES]
+
+
+def run(family, dtype, backend: str, *, rows: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(log-probs of all response tokens, gradients by name) on the GPU, in float32 on the host."""
+    folder, plain, groups = family
+    device = torch.device("cuda", 0)
+    model = PackedModel(
+        copy.deepcopy(plain).to(device=device, dtype=dtype),
+        normalisation=read_normalisation(folder),
+        vision_varlen=dtype == torch.bfloat16,
+    ).train()
+    parts = [[Group(g.prompt, [r])] for g in groups for r in g.responses] if rows else [groups]
+    found = []
+    for part in parts:
+        logprobs, _ = model(pack(part, backend=backend, device=device))
+        weights = 1.0 + torch.arange(len(logprobs), device=device) % 3
+        if not rows:  # the same weights as row by row: they count from each response's beginning
+            lengths = [len(r.token_ids) for g in groups for r in g.responses]
+            weights = torch.cat([1.0 + torch.arange(n, device=device) % 3 for n in lengths])
+        (logprobs * weights).sum().backward()
+        found.append(logprobs.detach().float().cpu())
+    return torch.cat(found), {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distances(gradients: dict, reference: dict) -> list[float]:
+    """Per tensor: norm of the difference over norm."""
+    assert gradients.keys() == reference.keys()
+    return [float((gradients[n] - reference[n]).norm() / reference[n].norm().clamp_min(1e-12)) for n in reference]
+
+
+@pytest.fixture(scope="module")
+def reference(family):
+    return run(family, torch.float32, "sdpa", rows=True)
+
+
+def test_flex_in_fp32(family, reference):
+    logprobs, gradients = run(family, torch.float32, "flex", rows=False)
+    assert (logprobs - reference[0]).abs().max() < 1e-4
+    assert max(distances(gradients, reference[1])) < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_bf16_is_as_near_as_rows_are(family, reference, backend):
+    """bf16 rounds; packing must not add to it: packed and rows are equally far from fp32, on the same kernel."""
+    packed, rows = (run(family, torch.bfloat16, backend, rows=flag) for flag in (False, True))
+    far = {name: (made[0] - reference[0]).abs().mean() for name, made in (("packed", packed), ("rows", rows))}
+    assert far["packed"] < 1.5 * far["rows"] + 1e-3
+    errors = [statistics.median(distances(made[1], reference[1])) for made in (packed, rows)]
+    assert errors[0] < 1.5 * errors[1] + 1e-3

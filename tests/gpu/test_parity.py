@@ -1,0 +1,86 @@
+"""Sampler against trainer on the GPU, in bf16: prompt ids, log-probs, weight sync, sleep; all families, with video."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_model
+
+PROGRAM = Path(__file__).with_name("parity_run.py")
+# name -> (family, tied, attention of the trainer)
+TOGETHER = {
+    "qwen2_vl": ("qwen2_vl", False, "varlen"),
+    "qwen2_5_vl": ("qwen2_5_vl", False, "varlen"),
+    "qwen3_5": ("qwen3_5", False, "flex"),
+    "qwen3_vl tied": ("qwen3_vl", True, "varlen"),
+}
+ALONE = ("qwen3_vl", False, "flex")
+
+
+def start(family: str, tied: bool, attention: str, media: Path, out: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, str(PROGRAM), tiny_model(family, tied=tied), str(media), str(out), attention]
+    log = out.with_suffix(".log").open("w")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, out: Path, timeout_s: float = 200) -> dict:
+    """What the program saw. A test that asks for it fails with the end of its log if there is nothing."""
+    try:
+        status = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = f"none after {timeout_s} s"
+    if status != 0 or not out.exists():
+        return {"failed": f"status {status}\n{out.with_suffix('.log').read_text()[-4000:]}"}
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, media_folder):
+    """name -> what parity_run.py saw: four families at once, then the one whose memory is measured alone."""
+    folder = tmp_path_factory.mktemp("parity")
+    running = {}
+    for name, case in TOGETHER.items():
+        out = folder / f"{name.replace(' ', '_')}.json"
+        running[name] = (start(*case, media_folder, out), out)
+    found = {name: finish(process, out) for name, (process, out) in running.items()}
+    out = folder / "alone.json"
+    return found | {"qwen3_vl": finish(start(*ALONE, media_folder, out), out)}
+
+
+def of(seen: dict, name: str) -> dict:
+    assert "failed" not in seen[name], seen[name]["failed"]
+    return seen[name]
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, "qwen3_vl"])
+def test_log_probs_before_and_after_a_sync(seen, name):
+    """Prompt ids are compared by the engine for every group: the program would have ended otherwise."""
+    found = of(seen, name)
+    assert found["gap_at_start"] <= 0.03
+    assert found["gap_of_old_responses"] > 10 * found["gap_at_start"]  # the update was large, and is seen
+    assert found["gap_after_sync"] <= 0.03
+    assert found["synced"] == found["names"]
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, "qwen3_vl"])
+def test_old_weights_bring_the_old_engine_back(seen, name):
+    found = of(seen, name)
+    assert found["same_tokens"] >= 0.75  # a kernel may add in another order, and one token then changes the rest
+    assert found["same_logprobs_gap"] < 0.02
+
+
+def test_sleep_returns_the_memory(seen):
+    """2 GiB of KV cache and the weights go at sleep, and come back at waking without more."""
+    found = of(seen, "qwen3_vl")
+    assert found["awake_gib"] - found["asleep_gib"] > 1.9
+    assert abs(found["awake_again_gib"] - found["awake_gib"]) < 1.0

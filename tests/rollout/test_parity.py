@@ -1,0 +1,302 @@
+"""vLLM against transformers: prompt ids, log-probs before and after a weight sync, seeds, order, banned ids.
+
+The scoring side here is a plain forward of the Hugging Face model, written without the trainer's code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from data.encode import Encoder
+from data.records import Media, Sample
+from rollout.engine import PromptMismatch, RolloutEngine
+from rollout.weight_sync import WeightNamesError
+
+VIDEO = {"fps": 2.0, "min_frames": 4, "max_frames": 8, "min_pixels": 4096, "max_pixels": 112 * 224}
+IMAGE = {"min_pixels": 4096, "max_pixels": 128 * 128}
+MIXES = {
+    "video": ("wide.mp4",),
+    "two videos": ("wide.mp4", "odd.mp4"),
+    "image": ("still.png",),
+    "image and video": ("still.png", "odd.mp4"),
+    "text": (),
+}
+SAMPLING = {"temperature": 0.8, "top_p": 1.0, "top_k": -1, "max_tokens": 12}
+TEMPERATURE = 0.8
+
+
+def make_sample(folder, names, number=0) -> Sample:
+    return Sample(
+        id=f"q{number}",
+        question="Which colour is the square?",
+        answer="A",
+        problem_type="multiple choice",
+        data_type="mixed" if len(names) > 1 else "video" if names else "text",
+        media=tuple(Media("image" if n.endswith("png") else "video", path=str(folder / n)) for n in names),
+        options=("red", "green"),
+    )
+
+
+def make_engine(model_dir, dtype="fp32", **changes):
+    encoder = Encoder(model_dir, video=VIDEO, image=IMAGE, style="direct")
+    engine = RolloutEngine(
+        model_dir, encoder=encoder, dtype=dtype, max_model_len=1024, max_num_seqs=16, kv_cache_gib=0.0625, seed=3,
+        **changes
+    )
+    return encoder, engine
+
+
+def score(model, encoder, prompt, response, temperature=TEMPERATURE):
+    """(R,) log-probs of a response's tokens, by one plain forward of the Hugging Face model."""
+    tokens = torch.tensor([[*prompt.input_ids.tolist(), *response.token_ids]])
+    length, count = len(prompt.input_ids), len(response.token_ids)
+    last = int(prompt.position_ids.max())
+    following = torch.arange(last + 1, last + 1 + count).expand(3, -1)
+    positions = torch.cat([torch.from_numpy(prompt.position_ids), following], 1)[:, None]
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+    start = 0
+    mean, std = (torch.tensor(values).view(1, 3, 1) * 255 for values in (encoder.image_mean, encoder.image_std))
+    for grid, kind in zip(prompt.grid_thw, prompt.grid_kinds):
+        rows = torch.from_numpy(prompt.patches[start : start + int(grid.prod())]).float()
+        start += len(rows)
+        pixels = ((rows.view(len(rows), 3, -1) - mean) / std).view(len(rows), -1).to(model.dtype)
+        names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+        for name, value in zip(names, (pixels, torch.from_numpy(grid)[None])):
+            inputs[name] = torch.cat([inputs[name], value]) if name in inputs else value
+    if prompt.grid_kinds:
+        types = torch.from_numpy(prompt.mm_type_ids)[None].int()
+        inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, count, dtype=torch.int32)], 1)
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[0, length - 1 : -1].float() / temperature
+    logits[:, list(encoder.visual_token_ids)] = float("-inf")
+    return torch.log_softmax(logits, -1).gather(-1, tokens[0, length:, None])[:, 0]
+
+
+def load(model_dir, dtype=torch.float32):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).eval()
+
+
+def gaps(engine, model, encoder, prompts, step, greedy=False):
+    """(largest, mean) distance between vLLM's log-probs of what it sampled and those of the model."""
+    found = {}
+    sampling = {**SAMPLING, "temperature": 0.0} if greedy else SAMPLING
+    for index, responses in engine.generate(prompts, n=1 if greedy else 2, sampling=sampling, step=step):
+        for response in responses:
+            assert len(response.rollout_logprobs) == len(response.token_ids)
+            scored = score(model, encoder, prompts[index], response, 1.0 if greedy else TEMPERATURE)
+            found.setdefault(index, []).append((scored - torch.tensor(response.rollout_logprobs)).abs())
+    assert sorted(found) == list(range(len(prompts)))
+    every = torch.cat([gap for listed in found.values() for gap in listed])
+    return float(every.max()), float(every.mean())
+
+
+def disturb(model, amount):
+    """The weights after something like a large update, the head included."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.dtype), alpha=amount)
+
+
+def check_parity(tiny, media_folder, family, dtype, check, tied=False):
+    """check(engine, model, encoder, prompts, step) asserts equality; before and after two syncs, and never in between."""
+    model_dir = tiny(family, tied=tied)
+    encoder, engine = make_engine(model_dir, dtype)
+    model = load(model_dir, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    prompts = [encoder.encode(make_sample(media_folder, names, i)) for i, names in enumerate(MIXES.values())]
+    check(engine, model, encoder, prompts, 0)
+    disturb(model, 0.01)
+    assert gaps(engine, model, encoder, prompts, 1)[1] > 0.1  # the engine still has the old weights
+    assert engine.sync(iter(list(model.named_parameters()))) == len(list(model.named_parameters()))
+    check(engine, model, encoder, prompts, 2)
+    disturb(model, 0.01)  # the second sync skips the check of names
+    engine.sync((name, parameter.detach().clone()) for name, parameter in model.named_parameters())
+    check(engine, model, encoder, prompts, 3)
+
+
+def equal_in_fp32(engine, model, encoder, prompts, step):
+    assert gaps(engine, model, encoder, prompts, step)[0] < 1e-4
+
+
+def close_in_bf16(engine, model, encoder, prompts, step):
+    """bf16 rounds the two implementations apart; least for the tokens that are likely, so the largest gap is of those."""
+    assert gaps(engine, model, encoder, prompts, step, greedy=True)[0] < 5e-2
+    assert gaps(engine, model, encoder, prompts, step)[1] < 2e-2
+
+
+def test_tied_embeddings(tiny, media_folder):
+    """A tied head keeps a packed copy of the old embedding on CPU unless the sync packs it again."""
+    check_parity(tiny, media_folder, "qwen3_vl", "fp32", equal_in_fp32, tied=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_parity(tiny, media_folder, family):
+    check_parity(tiny, media_folder, family, "fp32", equal_in_fp32)
+
+
+@pytest.mark.slow
+def test_parity_of_linear_attention(tiny, media_folder):
+    check_parity(tiny, media_folder, "qwen3_5", "bf16", close_in_bf16)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tiny):
+    return make_engine(tiny("qwen3_vl"))
+
+
+def collect(engine, prompts, **changes):
+    arguments = {"n": 3, "sampling": SAMPLING, "step": 5, **changes}
+    return dict(engine.generate(prompts, **arguments))
+
+
+def test_seeds(qwen3, media_folder):
+    encoder, engine = qwen3
+    prompts = [encoder.encode(make_sample(media_folder, names, i)) for i, names in enumerate([("odd.mp4",), ()])]
+    first = collect(engine, prompts)
+    again = collect(engine, prompts[::-1])  # other company, other order
+    for index in (0, 1):
+        for a, b in zip(first[index], again[1 - index], strict=True):
+            assert a.token_ids == b.token_ids
+    texts = [tuple(response.token_ids) for response in first[0]]
+    assert len(set(texts)) == 3  # slots differ
+    for change in ({"step": 6}, {"salt": "round 1"}):
+        other = collect(engine, prompts, **change)
+        assert [r.token_ids for r in other[0]] != [r.token_ids for r in first[0]]
+    twice = collect(engine, [prompts[1], prompts[1]])  # one sample twice in a step: two groups, not one copied
+    assert [r.token_ids for r in twice[0]] != [r.token_ids for r in twice[1]]
+    assert [r.token_ids for r in twice[0]] == [r.token_ids for r in first[1]]
+
+
+def test_engine_seed_leaves_the_trainers_generator_alone(qwen3, media_folder):
+    encoder, engine = qwen3
+    prompts = [encoder.encode(make_sample(media_folder, (), i)) for i in range(2)]
+    engine.rollout_seed = "engine"
+    try:
+        torch.manual_seed(1)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        first = collect(engine, prompts)
+        assert torch.equal(torch.rand(3), expected)
+        torch.manual_seed(2)
+        assert [r.token_ids for r in collect(engine, prompts)[0]] == [r.token_ids for r in first[0]]
+        assert [r.token_ids for r in collect(engine, prompts, step=6)[0]] != [r.token_ids for r in first[0]]
+    finally:
+        engine.rollout_seed = "request"
+
+
+def test_groups_come_as_they_end(qwen3, media_folder):
+    encoder, engine = qwen3
+    prompts = [encoder.encode(make_sample(media_folder, (), i)) for i in range(3)]
+    lengths = [24, 3, 12]
+    settings = [{**SAMPLING, "max_tokens": length} for length in lengths]
+    stream = engine.generate(prompts, n=[1, 2, 3], sampling=settings, step=0)
+    order, sizes = [], {}
+    for index, responses in stream:
+        if not order:
+            assert engine.llm.llm_engine.has_unfinished_requests()  # the others are still being sampled
+        order.append(index)
+        sizes[index] = len(responses)
+        for response in responses:
+            assert response.finish_reason == ("length" if len(response.token_ids) == lengths[index] else "stop")
+    assert sizes == {0: 1, 1: 2, 2: 3}
+    assert order[0] == 1
+    abandoned = engine.generate(prompts, n=2, sampling={**SAMPLING, "max_tokens": 200}, step=0)
+    next(iter(engine.generate(prompts[:1], n=1, sampling={**SAMPLING, "max_tokens": 1}, step=0)))
+    abandoned.close()
+    early = engine.generate(prompts, n=2, sampling=settings, step=0)
+    next(early)
+    early.close()
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_visual_tokens_never_come_and_the_end_token_is_kept(qwen3, media_folder, tiny):
+    """Heads that want nothing else: the visual tokens are still never sampled, <|im_end|> ends a response and stays."""
+    encoder, engine = qwen3
+    model = load(tiny("qwen3_vl"))
+    end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    pads = list(encoder.visual_token_ids)
+    prompts = [encoder.encode(make_sample(media_folder, ("odd.mp4",)))]
+    original = model.lm_head.weight.detach().clone()
+
+    def responses(wanted, sign):
+        """Logits of `wanted` are hundreds above or, with the other sign, below all others."""
+        with torch.no_grad():
+            model.lm_head.weight.copy_(original)
+            model.lm_head.weight[wanted] = sign * 50 * original.norm(dim=1).mean()
+        engine.sync((name, parameter.detach()) for name, parameter in model.named_parameters())
+        return collect(engine, prompts, n=4, sampling={**SAMPLING, "max_tokens": 24})[0]
+
+    try:
+        for sign in (1, -1):
+            for response in responses(pads, sign):
+                assert not set(response.token_ids) & set(pads)
+                assert all(logprob > -100 for logprob in response.rollout_logprobs)
+                scored = score(model, encoder, prompts[0], response)
+                assert torch.allclose(scored, torch.tensor(response.rollout_logprobs), atol=1e-3)
+        ended = [r for sign in (1, -1) for r in responses([end], sign) if r.finish_reason == "stop"]
+        assert len(ended) >= 4
+        for response in ended:
+            assert response.token_ids.count(end) == (response.token_ids[-1] == end)
+            assert response.token_ids[-1] in encoder.eos_token_ids
+            assert "<|im_end|>" not in response.text
+        assert any(response.token_ids[-1] == end for response in ended)
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(original)
+        engine.sync((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
+def test_wrong_ids_and_bad_requests_are_refused(qwen3, media_folder):
+    encoder, engine = qwen3
+    prompt = encoder.encode(make_sample(media_folder, ("odd.mp4",)))
+    prompt.input_ids[4] += 1
+    with pytest.raises(PromptMismatch, match=r"sample q0: .* at position 4"):
+        collect(engine, [prompt])
+    prompt.input_ids[4] -= 1
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    with pytest.raises(ValueError, match="exceed the engine's length 1024"):
+        collect(engine, [prompt], sampling={**SAMPLING, "max_tokens": 1000})
+    with pytest.raises(ValueError, match="would all be the same"):
+        collect(engine, [prompt], sampling={**SAMPLING, "temperature": 0})
+    with pytest.raises(ValueError, match=r"unknown sampling settings \['beams'\]"):
+        collect(engine, [prompt], sampling={**SAMPLING, "beams": 4})
+    greedy = [collect(engine, [prompt], n=1, step=s, sampling={**SAMPLING, "temperature": 0})[0] for s in (0, 1)]
+    assert greedy[0][0].token_ids == greedy[1][0].token_ids
+    engine.sleep()  # harmless on a CPU
+    engine.wake()
+    assert collect(engine, [prompt], n=1)[0]
+
+
+def test_parameter_names_are_checked_at_the_first_sync(tiny):
+    for tied in (False, True):
+        model_dir = tiny("qwen3_vl", tied=tied)
+        _, engine = make_engine(model_dir)
+        weights = [(name, parameter.detach()) for name, parameter in load(model_dir).named_parameters()]
+        assert ("lm_head.weight" in dict(weights)) is not tied
+        query = "model.language_model.layers.1.self_attn.q_proj.weight"
+        produced = []
+
+        def counted(pairs, produced=produced):
+            for pair in pairs:
+                produced.append(pair[0])
+                yield pair
+
+        extra = ("model.language_model.layers.7.self_attn.q_proj.bias", torch.zeros(3))
+        wrong = [*(pair for pair in weights if pair[0] != query), extra]
+        listed = r"missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight; unexpected: \S+layers\.7\S+bias"
+        with pytest.raises(WeightNamesError, match=listed):
+            engine.sync(counted(wrong))
+        assert len(produced) == len(wrong)  # other ranks are in the same collective: it has to be finished
+        with pytest.raises(WeightNamesError, match=r"given twice: model\.visual"):
+            engine.sync(itertools.chain(weights, [next(p for p in weights if p[0].startswith("model.visual"))]))
+        engine.sync(iter(weights))

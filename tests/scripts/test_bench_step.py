@@ -1,0 +1,86 @@
+"""scripts/bench_step.py: lengths and summary by hand, and one real run of it on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.bench_results import open_results, parse_flags, response_lengths, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_lengths_have_the_asked_median_and_tail():
+    lengths = sorted(n for row in response_lengths("lognormal:400:1200", 500, 8, 2048, [3, 0]) for n in row)
+    assert len(lengths) == 4000 and lengths[0] >= 1 and lengths[-1] == 2048  # the cap is met now and then
+    assert statistics.median(lengths) == pytest.approx(400, rel=0.05)
+    assert lengths[int(0.95 * 4000)] == pytest.approx(1200, rel=0.08)
+    assert response_lengths("lognormal:400:1200", 2, 3, 2048, [3, 0]) == response_lengths(
+        "lognormal:400:1200", 2, 3, 2048, [3, 0]
+    )
+    assert response_lengths("400", 2, 3, 2048, [0]) == [[400] * 3] * 2
+    assert response_lengths("400", 1, 2, 48, [0]) == [[48, 48]]
+
+
+def record(step_s: float, rollout: float, update: float, useful: float) -> dict:
+    seconds = {"rollout": rollout, "update": update, "load": step_s - rollout - update}
+    return {
+        "seconds": seconds, "step_s": step_s, "row_tokens": 3000, "response_tokens": 200, "useful_flops": useful,
+        "peak_update_gib": None, "log_ratio": 0.0,
+    }  # fmt: skip
+
+
+def test_summary_by_hand():
+    useful = 989e12 / 4  # a quarter of the device's peak for one second
+    results = {
+        "host": {"device": "NVIDIA H200"},
+        "settings": {"ranks": 1},
+        "runs": {
+            "b": [record(60.0, 10.0, 40.0, useful)],
+            "g": [record(21.0, 10.0, 8.0, useful), record(15.0, 9.0, 4.0, useful), record(15.0, 10.0, 5.0, useful)],
+        },
+    }
+    found = summarise(results)["variants"]
+    assert found["g"]["seconds"]["update"] == 5.0 and found["g"]["step_s"] == 15.0
+    assert found["g"]["over_b"] == {"update": 8.0, "without_rollout": 50.0 / 6.0, "step": 4.0}
+    assert found["g"]["mfu"] == pytest.approx(0.25 / 5)
+    assert found["g"]["row_tokens_per_gpu_s"] == 200.0
+    assert "over_a" not in found["g"]
+
+
+def test_a_results_file_of_other_settings_is_refused(tmp_path):
+    out = str(tmp_path / "out.json")
+    flags = parse_flags("", ["--size", "tiny", "--out", out])
+    Path(out).write_text(json.dumps(open_results(flags) | {"runs": {"g": [1]}}))
+    assert open_results(parse_flags("", ["--size", "tiny", "--out", out, "--steps", "9"]))["runs"] == {"g": [1]}
+    with pytest.raises(ValueError, match=r"group_size.*take another file"):
+        open_results(parse_flags("", ["--size", "tiny", "--out", out, "--group_size", "2"]))
+
+
+@pytest.mark.slow
+def test_one_step_of_every_kind_of_dataflow(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "scripts/bench_step.py", "--size", "tiny", "--steps", "1", "--clips", "2"]
+    command += ["--variants", "g", "b", "a", "d", "g-fly", "--work_dir", str(tmp_path / "work"), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["failed"] == {} and found["skipped"] == {} and found["notes"] == {}
+    assert set(found["runs"]) == {"g", "b", "a", "d", "g-fly"}
+    runs = {name: records[0] for name, records in found["runs"].items()}
+    for run in runs.values():
+        assert run["log_ratio"] < 1e-5  # every dataflow trains on what was sampled
+        assert run["prompt_tokens"] == runs["g"]["prompt_tokens"]
+        assert run["response_tokens"] == sum(n for row in response_lengths("lognormal:12:36", 2, 4, 48, [0, 0]) for n in row)
+        assert run["row_tokens"] == 4 * sum(run["prompt_tokens"]) + run["response_tokens"]
+        assert run["grad_norm"] == pytest.approx(runs["g"]["grad_norm"], rel=0.2)  # other weights by then, a little
+    assert {name for name, run in runs.items() if "old_logprobs" in run["seconds"]} == {"b", "a", "d"}
+    # The packed group does an eighth or so of the rows' work; how much faster that is depends on the machine.
+    ratios = found["summary"]["variants"]["g"]["over_b"]
+    assert ratios["update"] > 1.5 and ratios["without_rollout"] > 1.5
+    assert "times b" in done.stdout

@@ -1,0 +1,82 @@
+"""Token and memory arithmetic by hand, on the published Qwen3-VL-8B."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import plan_memory
+from train.flops import parameters, read_shape
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 1024**3
+SHAPE = read_shape(plan_memory.SIZES["8b"])
+
+
+def arguments(*words):
+    return plan_memory.flags().parse_args(["--size", "8b", *words])
+
+
+def test_published_sizes():
+    billions = {name: parameters(read_shape(config))["total"] / 1e9 for name, config in plan_memory.SIZES.items()}
+    assert billions == {
+        "2b": pytest.approx(2.13, abs=0.01),
+        "4b": pytest.approx(4.44, abs=0.01),
+        "8b": pytest.approx(8.76, abs=0.01),
+    }
+
+
+def test_tokens_by_hand():
+    # 128 frames of 672x384: 64 temporal patches of 42 x 24 patches; a quarter of them tokens, 9 per timestamp
+    assert plan_memory.video_tokens(SHAPE, 128, 384, 672) == (64 * 42 * 24 // 4 + 64 * 9, 64 * 42 * 24)
+    assert plan_memory.video_tokens(SHAPE, 3, 32, 64) == (2 * 2 + 18, 2 * 8)  # an odd frame fills its pair
+
+
+def test_keys_and_values_by_hand():
+    assert plan_memory.kv_bytes_per_token(SHAPE) == 2 * 36 * 8 * 128 * 2 == 147_456
+
+
+def test_states_by_hand():
+    n = 8_763_699_200
+    states = plan_memory.state_bytes(SHAPE, 8, optimizer_on_host=False, parameters_on_host=False)
+    assert states["weights (bf16 shard)"] == n * 2 / 8
+    assert states["optimiser (fp32 master, two moments)"] == n * 12 / 8
+    # two language layers of 192,937,984 and the embedding of 151,936 x 4,096, in bf16
+    assert states["gathered layers and embedding"] == 2 * (2 * 192_937_984 + 151_936 * 4096)
+    away = plan_memory.state_bytes(SHAPE, 8, optimizer_on_host=True, parameters_on_host=True)
+    assert away["weights (bf16 shard)"] == away["optimiser (fp32 master, two moments)"] == 0
+
+
+def test_plan_by_hand():
+    plan = plan_memory.make_plan(SHAPE, arguments("--text_tokens", "150"), 128)
+    assert plan.frame == (384, 672)
+    assert plan.prompt_tokens == 16_128 + 576 + 150
+    assert plan.group_tokens == 16_854 + 8 * 2048
+    assert plan.update["layer inputs"] == 33_238 * 4096 * 36 * 2
+    assert plan.update["vision layer inputs"] == 64_512 * 1152 * 27 * 2
+    assert plan.update["logits chunk"] == 2048 * 151_936 * 10
+    # four prompts once, 32 responses of 2,048
+    assert plan.rollout["KV cache of the whole step"] == (4 * 16_854 + 32 * 2048) * 147_456
+    assert "gradients (bf16 shard)" not in plan.rollout
+    kept = sum(v for name, v in plan.update.items() if not name.startswith("one ") and name != "logits chunk")
+    assert plan.peak_bytes == max(kept + plan.update["one language layer"], sum(plan.rollout.values()))
+
+
+def test_what_fits():
+    fixed = ["--total_pixels", "1000000000"]  # frames keep their size
+    args = arguments("--gpus", "4", "--gpu_memory_gib", "100", *fixed)
+    most = plan_memory.most_frames(SHAPE, args)
+    assert 128 < most < 2048 and most % 2 == 0
+    room = 0.9 * 100 * GIB
+    assert plan_memory.make_plan(SHAPE, args, most).peak_bytes <= room
+    assert plan_memory.make_plan(SHAPE, args, most + 2).peak_bytes > room
+    assert plan_memory.most_frames(SHAPE, arguments("--gpus", "1", "--gpu_memory_gib", "80")) == 0
+
+
+def test_program():
+    program = [sys.executable, ROOT / "scripts" / "plan_memory.py"]
+    done = subprocess.run([*program, "--size", "8b"], capture_output=True, text=True)
+    assert done.returncode == 0 and "prompt                 16,854 tokens" in done.stdout and ": fits" in done.stdout
+    done = subprocess.run([*program, "--model", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere/config.json" in done.stderr

@@ -1,0 +1,91 @@
+"""Flags: presets under explicit flags, and every bad combination refused with the flags' names and values."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.args import build_parser, check_args, parse_args, profiled_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def required(tmp_path):
+    (tmp_path / "model").mkdir()
+    return ["--model", str(tmp_path / "model"), "--data", "train.jsonl"]
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_preset_sets_and_an_explicit_flag_wins(required):
+    args = parse_args([*required, "--algorithm", "dapo"])
+    assert (args.clip_low, args.clip_high, args.loss_reduction) == (0.2, 0.28, "token_mean")
+    args = parse_args([*required, "--algorithm", "dapo", "--clip_high", "0.4"])
+    assert (args.clip_low, args.clip_high) == (0.2, 0.4)
+
+
+def test_defaults_follow_other_flags(required):
+    args = parse_args([*required, "--prompts_per_step", "48", "--max_response_tokens", "77"])
+    assert args.prompts_per_update == 48 and args.validate_max_response_tokens == 77
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--group_size", "0"], ["--group_size", "0"]),
+        (["--prompts_per_step", "32", "--prompts_per_update", "12"], ["--prompts_per_update 12", "--prompts_per_step 32"]),
+        (["--min_frames", "10", "--max_frames", "4"], ["--min_frames 10", "--max_frames 4"]),
+        (["--accuracy_weight", "0.9", "--format_weight", "0.3"], ["--accuracy_weight 0.9", "--format_weight 0.3"]),
+        (["--validate_every", "5"], ["--validate_every", "--validate_data"]),
+        (["--reward_args", "{}"], ["--reward_args", "--reward"]),
+        (["--judge_url", "http://localhost"], ["--judge_url", "--judge_model"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["--cache", "require"], ["--cache require", "--cache_dir"]),
+        (["--cache_dir", "no/such/folder"], ["--cache_dir no/such/folder"]),
+        (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
+        (["--freeze_vision_tower", "--freeze_merger", "--freeze_language_model"], ["nothing to train"]),
+        (["--no_such_flag"], ["--no_such_flag"]),
+        (["--profile_steps", "three"], ["--profile_steps", "three"]),
+    ],
+)
+def test_bad_flags_are_named(required, capsys, flags, words):
+    message = refused(capsys, [*required, *flags])
+    for word in words:
+        assert word in message
+
+
+def test_several_problems_come_in_one_message(required, capsys):
+    message = refused(capsys, [*required, "--temperature", "0", "--fps", "-1"])
+    assert "--temperature" in message and "--fps" in message
+
+
+def test_prompts_must_divide_over_replicas(required):
+    args = parse_args([*required, "--prompts_per_step", "6"])
+    assert check_args(args, world_size=3) == []
+    assert any("4 data-parallel replicas" in text for text in check_args(args, world_size=4))
+
+
+def test_profiled_steps(required):
+    assert list(profiled_steps(parse_args([*required, "--profile_steps", "3-5"]))) == [3, 4, 5]
+    assert list(profiled_steps(parse_args([*required, "--profile_steps", "7"]))) == [7]
+    assert list(profiled_steps(parse_args(required))) == []
+
+
+def test_every_flag_has_help():
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+
+
+def test_help_and_errors_do_not_import_torch():
+    code = "import sys; sys.argv = ['main.py', '--help']\nsys.path.insert(0, '.')\n"
+    code += "from train.args import parse_args\ntry:\n    parse_args()\nexcept SystemExit:\n    pass\n"
+    code += "print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("False") and "--group_size" in out

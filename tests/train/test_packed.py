@@ -1,0 +1,377 @@
+"""The packed group forward against the model's own forward over one row per response: same numbers, same gradients."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from data.records import Group, Response
+from tests.tiny_models import tiny_model
+from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
+from train.batching import dummy_group
+from train.group_attention import (
+    choose_attention,
+    flex_block_mask,
+    flex_packed,
+    group_mask,
+    pack,
+    sdpa_packed,
+    varlen_packed,
+)
+from train.packed_model import PackedModel
+from train.token_logprobs import chunked_logprobs
+from train.vision import normalise, patch_embedding_as_matmul, read_normalisation
+
+CPU = torch.device("cpu")
+PACKS = {
+    "video": [("video", [5, 9, 3], 1)],
+    "image": [("image", [4, 7], 2)],
+    "text": [("text", [6, 1, 3], 3)],
+    "mixed": [
+        ("video", [5, 9, 3], 1),
+        ("text", [4, 6], 2),
+        ("both", [7, 2, 4], 3),
+        ("image", [3], 4),
+        ("video", [2], 6),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """family -> (folder, prompts); models are loaded per test because gradients and patches stay on them."""
+    made = {}
+
+    def get(family: str, dtype: torch.dtype, *, tied: bool = False):
+        folder = tiny_model(family, tied=tied)
+        plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        if family not in made:
+            made[family] = PromptMaker(folder, plain.config)
+        packed = PackedModel(
+            copy.deepcopy(plain), normalisation=read_normalisation(folder), banned_ids=(440, 441), logit_chunk=7
+        )
+        return plain.train(), packed.train(), made[family]
+
+    return get
+
+
+def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointing: bool = False):
+    """-> (relative error of log-probs, of entropies, {parameter: relative error of its gradient})."""
+    if checkpointing:
+        packed_model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    banned = packed_model.banned_array
+    rows = [
+        plain_row(plain, group.prompt, floats, response.token_ids, banned, temperature)
+        for group, floats in cases
+        for response in group.responses
+    ]
+    want, want_entropy = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+    random = torch.Generator().manual_seed(3)
+    weights = torch.randn(2, len(want), generator=random, dtype=torch.float64).to(want.dtype)
+    (want * weights[0] + want_entropy * weights[1]).sum().backward()
+    packed = pack([group for group, _ in cases], backend="sdpa", device=CPU, banned_ids=banned)
+    got, got_entropy = packed_model(packed, temperature=temperature, entropy=True)
+    (got * weights[0] + got_entropy * weights[1]).sum().backward()
+
+    def error(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    gradients = dict(packed_model.hf.named_parameters())
+    assert set(gradients) == {name for name, _ in plain.named_parameters()}
+    errors = {}
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is None or not parameter.grad.any():  # the tower, in a pack of text
+            assert "visual" in name and not gradients[name].grad.any(), name
+            continue
+        errors[name] = error(gradients[name].grad, parameter.grad)
+    return error(got, want), error(got_entropy, want_entropy), errors
+
+
+@pytest.mark.parametrize("pack_name", PACKS)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_logprobs_and_gradients_equal_one_row_per_response(models, family, pack_name):
+    plain, packed, maker = models(family, torch.float32)
+    logprobs, entropy, gradients = compare(plain, packed, [maker.group(*case) for case in PACKS[pack_name]])
+    assert logprobs <= 1e-5 and entropy <= 1e-5
+    assert max(gradients.values()) <= 1e-5, max(gradients, key=gradients.get)
+    assert len(gradients) > 20
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_the_same_in_float64(models, family):
+    with float64_throughout():
+        plain, packed, maker = models(family, torch.float64)
+        logprobs, entropy, gradients = compare(plain, packed, [maker.group(*case) for case in PACKS["mixed"]])
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
+    assert any("visual" in name for name in gradients) and any("lm_head" in name for name in gradients)
+
+
+def test_tied_embeddings_and_checkpointing(models):
+    plain, packed, maker = models("qwen3_vl", torch.float32, tied=True)
+    assert not any("lm_head" in name for name, _ in plain.named_parameters())
+    logprobs, entropy, gradients = compare(
+        plain, packed, [maker.group(*case) for case in PACKS["mixed"]], checkpointing=True
+    )
+    assert logprobs <= 1e-5 and entropy <= 1e-5
+    assert max(gradients.values()) <= 1e-5, max(gradients, key=gradients.get)
+
+
+def test_linear_attention_state_is_forked_not_recomputed(models):
+    """Ten responses: the tower runs once, and a linear-attention layer reads each prompt token once."""
+    plain, packed, maker = models("qwen3_5", torch.float32)
+    towers, tokens = [], []
+    packed.hf.model.visual.register_forward_hook(lambda *_: towers.append(1))
+    first = packed.hf.model.language_model.layers[0].linear_attn.in_proj_qkv
+    first.register_forward_hook(lambda module, inputs, output: tokens.append(inputs[0].shape[1]))
+    cases = [maker.group(*case) for case in PACKS["mixed"]]
+    logprobs, entropy, _ = compare(plain, packed, cases)
+    assert logprobs <= 1e-5 and entropy <= 1e-5
+    assert len(towers) == 1
+    assert tokens == [sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.responses) for g, _ in cases)]
+
+
+def test_linear_attention_after_a_prompt_shorter_than_its_convolution(models):
+    with float64_throughout():
+        plain, packed, maker = models("qwen3_5", torch.float64)
+        group, floats = maker.group("text", [5, 0, 70, 1], 3)  # 70: more than one chunk of the rule
+        short = 2
+        group.prompt.input_ids, group.prompt.mm_type_ids = group.prompt.input_ids[:short], np.zeros(short, dtype=np.uint8)
+        group.prompt.position_ids = np.broadcast_to(np.arange(short), (3, short)).copy()
+        floats["input_ids"], floats["mm_token_type_ids"] = (
+            floats[name][:, :short] for name in ("input_ids", "mm_token_type_ids")
+        )
+        rows = [r for r in group.responses if r.token_ids]
+        want = torch.cat([plain_row(plain, group.prompt, floats, r.token_ids, packed.banned_array)[0] for r in rows])
+        got, _ = packed(pack([group], backend="sdpa", device=CPU))
+    assert torch.allclose(got, want, atol=1e-11)
+
+
+def test_another_response_or_group_changes_nothing(models):
+    """What a token sees: not the other responses of its group, and not the other groups of its pack."""
+    _, packed, maker = models("qwen3_vl", torch.float32)
+    group, _ = maker.group("video", [6, 4], 1)
+    other, _ = maker.group("image", [5], 2)
+    alone, _ = packed(pack([Group(group.prompt, group.responses[:1])], backend="sdpa", device=CPU))
+    changed = Group(group.prompt, [group.responses[0], Response([7] * 9, [], "stop")])
+    together, _ = packed(pack([other, changed], backend="sdpa", device=CPU))
+    assert torch.allclose(together[5:11], alone, atol=1e-5, rtol=0)
+    # ... and one earlier token of the same response does change it.
+    tokens = group.responses[0].token_ids
+    altered = Group(group.prompt, [Response([(tokens[0] + 1) % 400, *tokens[1:]], [], "stop")])
+    moved, _ = packed(pack([altered], backend="sdpa", device=CPU))
+    assert (moved[1:] - alone[1:]).abs().max() > 1e-3
+
+
+def test_to_rows_and_group_mask_by_hand():
+    group = dummy_group()
+    group.responses = [Response([5, 6, 7], [], "stop"), Response([8], [], "stop")]
+    packed = pack([group, dummy_group()], backend="sdpa", device=CPU)
+    # [p0 p1 | 5 6 7 8 0]: prompts first
+    assert packed.input_ids.tolist() == [0, 0, 5, 6, 7, 8, 0]
+    assert packed.predictors.tolist() == [0, 2, 3, 0, 1]
+    assert packed.position_ids[0].tolist() == [0, 0, 1, 2, 3, 1, 1]
+    assert packed.to_rows(torch.tensor([1.0, 2, 3, 4, 5])).tolist() == [[1, 2, 3], [4, 0, 0], [5, 0, 0]]
+    assert group_mask(packed.layout.spans[0], CPU).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 0, 0, 0, 1],
+    ]
+
+
+def test_empty_response_and_wrong_ids(models):
+    _, packed, maker = models("qwen3_vl", torch.float32)
+    group, _ = maker.group("text", [3, 2], 1)
+    with_empty = Group(group.prompt, [group.responses[0], Response([], [], "stop"), group.responses[1]])
+    pack_of_three = pack([with_empty], backend="sdpa", device=CPU)
+    rows = pack_of_three.to_rows(packed(pack_of_three)[0])
+    two = pack([group], backend="sdpa", device=CPU)
+    expected = two.to_rows(packed(two)[0])
+    assert torch.allclose(rows[[0, 2]], expected, atol=1e-6) and not rows[1].any()
+    group.responses[1].token_ids[0] = 441
+    with pytest.raises(ValueError, match=r"'text1' holds token ids \[441\]"):
+        pack([group], backend="sdpa", device=CPU, banned_ids=np.array([440, 441]))
+
+
+def test_flex_and_varlen_layouts_agree_with_sdpa(monkeypatch):
+    """The other backends' bookkeeping on CPU: FlexAttention uncompiled, varlen with its kernel as a loop."""
+    import train.group_attention as attention
+
+    torch.manual_seed(0)
+    first, second = dummy_group(), dummy_group()
+    first.prompt.input_ids, first.prompt.position_ids = np.zeros(37, dtype=np.int64), np.zeros((3, 37), dtype=np.int64)
+    first.responses = [Response([1] * n, [], "stop") for n in (5, 0, 12)]
+    second.responses = [Response([1] * n, [], "stop") for n in (60, 3)]
+
+    def loop_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
+        assert max_q == max(cu_q.diff()) and max_k == max(cu_k.diff())
+        out, times = [], q.shape[1] // k.shape[1]
+        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(times, 1)) * scaling
+            late = torch.arange(d - c)[None, :] > torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            weights = scores.masked_fill(late, float("-inf")).softmax(-1)
+            out.append(torch.einsum("hqk,khd->qhd", weights, v[c:d].repeat_interleave(times, 1)))
+        return torch.cat(out)
+
+    monkeypatch.setattr(attention, "_torch_varlen_causal", loop_kernel)
+    results = {}
+    for backend, kernel in (("sdpa", sdpa_packed), ("flex", flex_packed), ("varlen", varlen_packed)):
+        layout = pack([first, second], backend=backend, device=CPU).layout
+        real = 37 + 1 + 17 + 63
+        assert layout.length == (128 if backend == "flex" else real)
+        generator = torch.Generator().manual_seed(1)
+        q, k, v = (torch.randn(1, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
+        q, k, v = (x[:, :, : layout.length] for x in (q, k, v))
+        results[backend] = kernel(q, k, v, layout, 0.3)[:, :real]
+    for backend in ("flex", "varlen"):
+        assert torch.allclose(results[backend], results["sdpa"], atol=1e-5), backend
+
+
+def test_flex_block_mask_against_torchs_own():
+    """Blocks skipped, partial and full, for an irregular layout, against create_block_mask on the (T, T) mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    groups = [dummy_group(), dummy_group()]
+    for group, length, responses in zip(groups, (600, 130), ((300, 20, 1), (260, 0, 40))):
+        group.prompt.input_ids = np.zeros(length, dtype=np.int64)
+        group.prompt.position_ids = np.zeros((3, length), dtype=np.int64)
+        group.responses = [Response([1] * n, [], "stop") for n in responses]
+    layout = pack(groups, backend="flex", device=CPU).layout
+    dense = torch.eye(layout.length, dtype=torch.bool)
+    for span in layout.spans:
+        tokens = [*range(span.prompt_start, span.prompt_start + span.prompt_length)]
+        tokens += range(span.responses_start, span.responses_start + sum(span.response_lengths))
+        index = torch.tensor(tokens)
+        dense[index[:, None], index] = group_mask(span, CPU)
+    ours = flex_block_mask(layout, CPU)
+    theirs = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, layout.length, layout.length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for name in ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices"):
+        counts = getattr(ours, name.replace("indices", "num_blocks"))[0, 0]
+        for row, count in enumerate(counts.tolist()):
+            got, want = (getattr(mask, name)[0, 0, row, :count] for mask in (ours, theirs))
+            assert torch.equal(got, want), (name, row)
+    assert ours.full_kv_num_blocks.sum() > 0
+    q, k = torch.meshgrid(torch.arange(layout.length), torch.arange(layout.length), indexing="ij")
+    assert torch.equal(ours.mask_mod(0, 0, q, k), dense)
+
+
+def test_normalisation_is_bit_equal_to_the_processors(models):
+    for family in ("qwen2_vl", "qwen3_vl"):
+        folder = tiny_model(family)
+        _, _, maker = models(family, torch.float32)
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            prompt, floats = maker.make(kind, 5)
+            ours = normalise(torch.from_numpy(prompt.patches), *read_normalisation(folder))
+            assert torch.equal(ours, floats[name].reshape(ours.shape))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_patch_embedding_equals_the_convolution(models, family):
+    plain, _, maker = models(family, torch.float64)
+    _, floats = maker.make("video", 1)
+    embed = plain.model.visual.patch_embed
+    pixels = floats["pixel_values_videos"].double()
+    want = embed(pixels)
+    patch_embedding_as_matmul(plain.model.visual)
+    got = embed(pixels)
+    assert got.shape == want.shape
+    assert torch.allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_vision_varlen_is_given_every_frame_at_once(models, family, monkeypatch):
+    """The CUDA path of the tower with its kernel written out: one call per block, the same features and gradients."""
+    plain, packed, maker = models(family, torch.float32)
+    calls = []
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k):
+        calls.append(len(cu_q) - 1)
+        assert cu_q.dtype == torch.int32 and max_q == max(cu_q.diff()) and isinstance(max_q, int)
+        parts = []
+        for a, b in pairwise(cu_q):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * q.shape[-1] ** -0.5
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+        return torch.cat(parts)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    settings = {"normalisation": packed.normalisation, "banned_ids": (440, 441)}
+    varlen = PackedModel(plain, **settings, vision_varlen=True)
+    group, _ = maker.group("both", [5, 3], 3)
+    results = []
+    for model in (packed, varlen):
+        logprobs, _ = model(pack([group], backend="sdpa", device=CPU))
+        (logprobs * torch.arange(8)).sum().backward()
+        results.append((logprobs.detach(), model.hf.model.visual.patch_embed.proj.weight.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert (results[0][1] - results[1][1]).norm() <= 1e-4 * results[0][1].norm()
+    assert len(calls) == len(plain.model.visual.blocks) and max(calls) >= 4  # an image and at least 3 temporal patches
+
+
+def test_text_pack_calls_the_tower_with_weight_zero(models):
+    _, packed, maker = models("qwen3_vl", torch.float32)
+    calls = []
+    packed.hf.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    group, _ = maker.group("text", [3], 1)
+    logprobs, _ = packed(pack([group], backend="sdpa", device=CPU))
+    logprobs.sum().backward()
+    assert len(calls) == 1
+    towers = [parameter.grad for name, parameter in packed.hf.named_parameters() if "visual" in name]
+    assert towers and all(grad is not None and not grad.any() for grad in towers)
+
+
+def test_chunked_logprobs_against_distributions():
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(13, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 9, (11,))
+    banned = torch.tensor([10, 12])
+
+    def ours(h, w, b):
+        return chunked_logprobs(h, w, b, targets, temperature=0.7, banned=banned, entropy=True, chunk=4)
+
+    got, got_entropy = ours(hidden, weight, bias)
+    logits = (hidden @ weight.T + bias) / 0.7
+    allowed = torch.distributions.Categorical(logits=logits[:, [*range(10), 11]])
+    assert torch.allclose(got, allowed.log_prob(targets)) and torch.allclose(got_entropy, allowed.entropy())
+    for outputs in (slice(0, 2), slice(0, 1), slice(1, 2)):  # both in the loss, or only one of them
+        assert torch.autograd.gradcheck(lambda *inputs: ours(*inputs)[outputs], (hidden, weight, bias))  # noqa: B023
+
+
+def test_bf16_logprobs_are_float32_and_near(models):
+    plain, packed, maker = models("qwen3_vl", torch.bfloat16)
+    group, floats = maker.group("video", [8, 5], 1)
+    got, entropy = packed(pack([group], backend="sdpa", device=CPU), entropy=True)
+    assert got.dtype == entropy.dtype == torch.float32
+    rows = [plain_row(plain, group.prompt, floats, r.token_ids, packed.banned_array) for r in group.responses]
+    want = torch.cat([logprobs for logprobs, _ in rows])
+    assert (got - want).abs().max() < 0.05
+
+
+def test_mismatched_grid_is_named(models):
+    _, packed, maker = models("qwen3_vl", torch.float32)
+    group, _ = maker.group("image", [3], 1)
+    group.prompt.mm_type_ids[np.flatnonzero(group.prompt.mm_type_ids)[-1]] = 0
+    with pytest.raises(ValueError, match="visual features for"):
+        packed(pack([group], backend="sdpa", device=CPU))
+
+
+def test_backends_that_cannot_run_are_refused():
+    assert choose_attention("auto", CPU, torch.float32) == "sdpa"
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16) == "flex"
+    with pytest.raises(ValueError, match="varlen needs CUDA"):
+        choose_attention("varlen", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
+        choose_attention("varlen", torch.device("cuda"), torch.float32)
+    with pytest.raises(ValueError, match="'xformers' is not one of"):
+        choose_attention("xformers", CPU, torch.float32)

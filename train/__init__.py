@@ -1,0 +1,1 @@
+"""The trainer: flags, policy, losses and the loop."""

@@ -1,0 +1,111 @@
+"""Qwen3.5's linear-attention layers over packed groups: the state after a prompt is forked to its responses.
+
+A gated delta rule layer (arXiv 2412.06464) carries two things from token to token: a recurrent state, and the last
+inputs of a short causal convolution. Both depend on the prompt alone when its last token has been read, so each response
+starts from a copy: every prompt token is computed once, and the result is that of one row per response, not an
+approximation. Gradients of all responses flow back into the prompt through the shared state.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from train.group_attention import Span
+
+
+def has_linear_attention(config) -> bool:
+    """True for Qwen3.5: some layers carry a recurrent state through the sequence instead of attending."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def fork_linear_attention(language_model: nn.Module) -> None:
+    """Give every linear-attention layer a forward over packed groups. Raises RuntimeError on an unknown layer class."""
+    for layer in language_model.layers:
+        if not hasattr(layer, "linear_attn"):
+            continue
+        source = sys.modules[type(layer.linear_attn).__module__]
+        if not (hasattr(source, "torch_chunk_gated_delta_rule") and hasattr(source, "causal_conv1d_fn")):
+            raise RuntimeError(
+                f"{type(layer.linear_attn).__name__} of this transformers version has no chunked gated delta rule that "
+                "ReelRL knows; the versions in requirements.txt do"
+            )
+        layer.linear_attn.forward = MethodType(packed_linear_attention, layer.linear_attn)
+
+
+def responses_as_rows(span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
+    """((G, R) packed index of each response's tokens, padded with the first one's; (sum R,) where row-major ones are).
+
+    Padding is on the right of a causal recurrence: no real token sees it.
+    """
+    longest = max(span.response_lengths)
+    lengths = torch.tensor(span.response_lengths)
+    starts = span.responses_start + torch.cat([lengths.new_zeros(1), lengths.cumsum(0)[:-1]])
+    columns = torch.arange(longest)
+    real = columns < lengths[:, None]
+    index = torch.where(real, starts[:, None] + columns, span.responses_start)
+    return index.to(device), real.flatten().nonzero()[:, 0].to(device)
+
+
+def packed_linear_attention(self, hidden_states: Tensor, cache_params=None, attention_mask=None, layout=None, **kwargs):
+    """(1, T, D) -> (1, T, D), the layer's own arithmetic, prompts first and each response from its prompt's state."""
+    if layout is None:
+        raise ValueError("this model is set up for packed groups; call it through train.packed_model.PackedModel")
+    mixed = self.in_proj_qkv(hidden_states)
+    gate = self.in_proj_z(hidden_states).view(*hidden_states.shape[:2], -1, self.head_v_dim)
+    beta = self.in_proj_b(hidden_states).sigmoid()
+    decay = self.in_proj_a(hidden_states)
+    decay = -self.A_log.float().exp() * torch.nn.functional.softplus(decay.float() + self.dt_bias)
+    kernel, weight = self.conv_kernel_size, self.conv1d.weight.squeeze(1)
+    if "rows" not in layout.ready:
+        layout.ready["rows"] = [
+            responses_as_rows(span, mixed.device) if any(span.response_lengths) else None for span in layout.spans
+        ]
+    prompts, responses = [], []
+    for span, rows in zip(layout.spans, layout.ready["rows"]):
+        prompt = slice(span.prompt_start, span.prompt_start + span.prompt_length)
+        own = mixed[:, prompt]
+        out, state = _delta_rule(self, own, weight, beta[:, prompt], decay[:, prompt], None)
+        prompts.append(out)
+        if rows is None:
+            continue
+        index, real = rows
+        # What the convolution saw last: the prompt's last inputs, zeros where it is shorter than the kernel.
+        context = torch.nn.functional.pad(own[:, -(kernel - 1) :], (0, 0, max(0, kernel - 1 - own.shape[1]), 0))
+        context = context.expand(len(index), -1, -1)
+        inputs = torch.cat([context, mixed[0, index]], dim=1)
+        state = state.expand(len(index), -1, -1, -1)
+        out, _ = _delta_rule(self, inputs, weight, beta[0, index], decay[0, index], state, skip=kernel - 1)
+        responses.append(out.flatten(0, 1)[real][None])
+    core = torch.cat(prompts + responses, dim=1)
+    core = self.norm(core.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
+    return self.out_proj(core.view(*hidden_states.shape[:2], -1))
+
+
+def _delta_rule(layer, mixed: Tensor, weight: Tensor, beta, decay, state, *, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Convolution, then the chunked rule from `state`: (b, skip + t, C) -> ((b, t, heads, d), state after the end)."""
+    source = sys.modules[type(layer).__module__]
+    mixed = source.causal_conv1d_fn(
+        mixed.transpose(1, 2), weight, layer.conv1d.bias, activation=layer.activation
+    ).transpose(1, 2)[:, skip:]
+    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    query, key = (x.reshape(*x.shape[:2], -1, layer.head_k_dim) for x in (query, key))
+    value = value.reshape(*value.shape[:2], -1, layer.head_v_dim)
+    times = layer.num_v_heads // layer.num_k_heads
+    if times > 1:
+        query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
+    return source.torch_chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g=decay,
+        beta=beta,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+
+

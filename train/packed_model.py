@@ -1,0 +1,133 @@
+"""A Hugging Face Qwen-VL model whose forward takes packed groups and returns what a loss needs, per response token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.fused import fuse_elementwise
+from train.group_attention import PACKED, Packed
+from train.linear_attention import fork_linear_attention, has_linear_attention
+from train.token_logprobs import output_layer_gives_logprobs
+from train.vision import VISION_VARLEN, normalise, patch_embedding_as_matmul, run_tower, smallest_grid
+
+
+class PackedModel(nn.Module):
+    """Wraps the model that DeepSpeed shards. One forward = one tower call, one decoder pass, one output-layer call.
+
+    hf: AutoModelForImageTextToText of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint.
+    normalisation: (mean, std) per channel, see train.vision.read_normalisation.
+    banned_ids: ids that are never sampled; their probability is zero here as it is in the sampler.
+    value_head: build a critic (a value per response token) instead of log-probs; the output layer is dropped.
+    fused: compile norms, rotations and gated products (train.fused).
+    """
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        *,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+        banned_ids: tuple[int, ...] = (),
+        logit_chunk: int = 1024,
+        vision_varlen: bool = False,
+        value_head: nn.Module | None = None,
+        fused: bool = False,
+    ):
+        super().__init__()
+        self.hf = hf
+        self.normalisation = normalisation
+        self.logit_chunk = logit_chunk
+        hf.model.language_model.config._attn_implementation = PACKED
+        if has_linear_attention(hf.config):
+            fork_linear_attention(hf.model.language_model)
+        if vision_varlen:
+            hf.model.visual.config._attn_implementation = VISION_VARLEN
+        patch_embedding_as_matmul(hf.model.visual)
+        if fused:
+            fuse_elementwise(hf)
+        self.value_head = value_head
+        if value_head is None:
+            output_layer_gives_logprobs(hf.lm_head)
+        else:
+            del hf.lm_head
+        banned = torch.tensor(sorted(banned_ids), dtype=torch.long) if banned_ids else None
+        self.register_buffer("banned", banned, persistent=False)
+        self.banned_array = np.array(sorted(banned_ids), dtype=np.int64) if banned_ids else None
+
+    def visual_features(self, patches: Tensor | None, grid_thw: np.ndarray) -> tuple[list[Tensor], bool]:
+        """(features as run_tower gives them, whether they are real). Without media the tower runs on one grey patch:
+        under ZeRO-3 every rank has to call it equally often."""
+        tower = self.hf.model.visual
+        if patches is not None:
+            return run_tower(tower, normalise(patches, *self.normalisation), grid_thw), True
+        grid, patch_count = smallest_grid(tower)
+        projection = tower.patch_embed.proj
+        width = projection.in_channels * int(np.prod(projection.kernel_size))
+        blank = torch.zeros(patch_count, width, device=self.hf.device)
+        return run_tower(tower, blank, grid), False
+
+    def forward(
+        self,
+        packed: Packed,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        features: list[Tensor] | None = None,
+        features_only: bool = False,
+    ) -> tuple[Tensor, Tensor] | list[Tensor]:
+        """-> (log-probs (N,), entropies (N,)), or (values (N,), zeros) with a value head.
+
+        features: what an earlier call with features_only gave for these groups (frozen tower); the tower is then not
+        called. With features_only nothing but the tower runs and its features come back.
+        """
+        if features_only:
+            return self.visual_features(packed.patches, packed.grid_thw)[0]
+        model = self.hf.model
+        embedded = model.get_input_embeddings()(packed.input_ids)  # (T, D)
+        zero = None
+        if features is None:
+            features, real = self.visual_features(packed.patches, packed.grid_thw)
+            if not real:  # in the graph, so that its gradients exist (as zeros) on this rank too
+                zero = sum(feature.sum() for feature in features) * 0.0
+                features = []
+        deepstack = [feature.to(embedded.dtype) for feature in features[1:]]
+        if features:
+            if len(features[0]) != len(packed.visual_positions):
+                raise ValueError(
+                    f"{len(features[0])} visual features for {len(packed.visual_positions)} visual tokens: the grids "
+                    "of a prompt do not match its token ids"
+                )
+            embedded = embedded.index_copy(0, packed.visual_positions, features[0].to(embedded.dtype))
+        if zero is not None:
+            embedded = embedded + zero.to(embedded.dtype)
+        hidden = self.decode(embedded, packed, deepstack)
+        if self.value_head is not None:
+            values = self.value_head(hidden)[:, 0]
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            return values, torch.zeros_like(values)
+        return self.hf.lm_head(
+            hidden,
+            packed.targets,
+            temperature=temperature,
+            banned=self.banned,
+            entropy=entropy,
+            chunk=self.logit_chunk,
+        )
+
+    def decode(self, embedded: Tensor, packed: Packed, deepstack: list[Tensor]) -> Tensor:
+        """(T, D) input embeddings -> (N, D) hidden states that predict the response tokens."""
+        kwargs = {}
+        if deepstack:
+            visual = torch.zeros(1, len(embedded), dtype=torch.bool, device=embedded.device)
+            visual[0, packed.visual_positions] = True
+            kwargs = {"visual_pos_masks": visual, "deepstack_visual_embeds": deepstack}
+        out = self.hf.model.language_model(
+            inputs_embeds=embedded[None],
+            position_ids=packed.position_ids[:, None],
+            attention_mask=None,
+            use_cache=False,
+            layout=packed.layout,
+            **kwargs,
+        )
+        return out.last_hidden_state[0, packed.predictors]

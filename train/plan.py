@@ -1,0 +1,243 @@
+"""--dry_run: batch arithmetic, tokens, memory and two rendered prompts, before any model is built."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+
+from data.records import Sample
+from train.presets import explain
+
+SAMPLES_COUNTED = 200
+
+
+def total_steps(args, samples: int) -> int:
+    """Steps of the run: --max_steps, else --epochs passes over the data. Raises ValueError if that is not one step."""
+    if args.max_steps is not None:
+        return args.max_steps
+    steps = int(args.epochs * samples / args.prompts_per_step)
+    if steps < 1:
+        raise ValueError(
+            f"--epochs {args.epochs} over {samples} samples is less than one step of --prompts_per_step "
+            f"{args.prompts_per_step}: lower it, or give --max_steps"
+        )
+    return steps
+
+
+def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
+    """What the run would do, as text. Encodes two prompts; token counts of up to 200 samples come from metadata."""
+    replicas = max(1, world_size // args.tensor_parallel)
+    per_rank = args.prompts_per_step // replicas
+    updates = args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
+    steps = total_steps(args, len(samples))
+    chosen = random.Random(args.seed).sample(samples, min(SAMPLES_COUNTED, len(samples)))
+    counts, refused = [], []
+    for sample in chosen:
+        try:
+            counts.append(encoder.count_tokens(sample))
+        except (ValueError, OSError) as error:
+            refused.append(f"{sample.file}:{sample.line}: {error}")
+    lines = [explain(args), "", "batch:"]
+    lines += [
+        f"  {len(samples)} samples, {steps} steps = {steps * args.prompts_per_step / len(samples):.2f} epochs",
+        f"  {args.prompts_per_step} prompts x {args.group_size} responses = {args.prompts_per_step * args.group_size} per step; "
+        f"{per_rank} prompts on each of {replicas} replicas ({world_size} ranks)",
+        f"  {updates} update(s) per step of {args.prompts_per_update} prompts each",
+    ]
+    if counts:
+        longest = max(counts)
+        packed = longest + args.group_size * args.max_response_tokens
+        lines += [
+            "",
+            f"tokens (of {len(counts)} samples, from metadata):",
+            f"  prompt: median {statistics.median(counts):.0f}, longest {longest}, limit {args.max_prompt_tokens}",
+            f"  one packed group: at most {packed} (prompt once + {args.group_size} x {args.max_response_tokens}); "
+            f"--token_budget {args.token_budget} holds {max(1, args.token_budget // packed)} such group(s) per micro-batch",
+            f"  as one row per response it would be {args.group_size * (longest + args.max_response_tokens)}",
+            "",
+            *memory_lines(args, encoder.config, longest, per_rank, world_size),
+        ]
+    lines += [f"  refused: {text}" for text in refused[:5]]
+    for sample in chosen[:2]:
+        prompt = encoder.encode(sample)
+        lines += [
+            "",
+            f"prompt of {sample.id} ({sample.file}:{sample.line}), {len(prompt.input_ids)} tokens:",
+            prompt.text,
+        ]
+        lines += [f"gold: {sample.answer!r}"]
+    return "\n".join(lines)
+
+
+def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_size: int) -> list[str]:
+    """ZeRO-3 states and KV cache in GiB per rank, by arithmetic on the configuration."""
+    from train import flops
+
+    text = config.get_text_config()
+    count = flops.parameters(flops.read_shape(config))["total"]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_bytes = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    rows = prompts_per_rank * args.group_size
+    kv_tokens = prompts_per_rank * prompt_tokens + min(rows, args.max_num_seqs) * args.max_response_tokens
+    gib = 1024**3
+    return [
+        f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
+        f"  ZeRO-3 states {count * 16 / world_size / gib:.2f} GiB (bf16 weights and gradients, fp32 master weights, two moments)",
+        f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "
+        f"{kv_tokens * kv_bytes / args.tensor_parallel / gib:.2f} GiB (prompts shared within a group)",
+    ]
+
+
+# ---- data and encoder from flags ------------------------------------------------------------------------------------
+
+
+def load_samples(args, files: list[str]) -> list[Sample]:
+    """Validated samples of --data or --validate_data, without those whose media preprocessing found unusable.
+
+    Raises data.dataset.BadDataset, a ValueError, listing what is wrong, unless --on_bad_sample skip; then the rows are
+    listed in <output_dir>/failed.jsonl. Field names are those of --field_names.
+    """
+    from data.dataset import BadDataset, load, report_failures
+    from rewards import check_gold
+
+    failed_file = str(Path(args.output_dir) / "failed.jsonl")
+    samples = load(
+        files,
+        media_dir=args.media_dir,
+        check_gold=check_gold,
+        on_bad_sample=args.on_bad_sample,
+        failed_file=failed_file,
+        field_names=json.loads(args.field_names) if args.field_names else None,
+    )
+    samples, problems = frame_cache(args).split_failed(samples)
+    if problems and args.on_bad_sample == "error":
+        raise BadDataset(problems)
+    if problems:
+        report_failures(problems, str(Path(args.output_dir) / "failed_media.jsonl"))
+    if not samples:
+        raise ValueError(f"no usable sample is left in {', '.join(files)}")
+    return samples
+
+
+def frame_cache(args):
+    """The FrameCache of --cache and --cache_dir."""
+    from data.frame_cache import FrameCache
+
+    return FrameCache(args.cache_dir, args.cache if args.cache_dir else "off")
+
+
+def check_cache(encoder, samples: list[Sample]) -> None:
+    """Under --cache require raises data.frame_cache.CacheMiss listing the videos that are not there."""
+    if encoder.cache.mode == "require":
+        encoder.cache.check((media for sample in samples for media in sample.media), encoder.video)
+
+
+def without_bad_media(args, encoder, samples: list[Sample]) -> list[Sample]:
+    """Under --check_gold every medium is opened and every prompt counted now, instead of when its turn comes.
+
+    Raises BadDataset listing what cannot be read or is too long, or lists it in failed_media.jsonl under
+    --on_bad_sample skip and returns the others.
+    """
+    from data.dataset import BadDataset, report_failures
+
+    if not args.check_gold:
+        return samples
+    good, problems = [], []
+    for sample in samples:
+        try:
+            encoder.count_tokens(sample)
+            good.append(sample)
+        except (ValueError, OSError) as error:
+            place = {"file": sample.file, "line": sample.line, "id": sample.id, "path": None}
+            problems.append({**place, "reason": str(error), "remedy": "repair or remove the row"})
+    if problems and args.on_bad_sample == "error":
+        raise BadDataset(problems)
+    if problems:
+        report_failures(problems, str(Path(args.output_dir) / "failed_media.jsonl"))
+    return good
+
+
+def sample_order(args, samples: list[Sample]):
+    """The SampleOrder of --seed, --shuffle, --data_weights and --curriculum."""
+    from data.dataset import SampleOrder
+
+    weights = json.loads(args.data_weights) if args.data_weights else None
+    return SampleOrder(samples, args.seed, shuffle=args.shuffle, weights=weights, curriculum=args.curriculum)
+
+
+def build_encoder(args):
+    """The Encoder of --model with the budgets, cache, style and templates of the flags."""
+    from data.encode import Encoder
+
+    return Encoder(
+        args.model,
+        video={
+            "fps": args.fps,
+            "min_frames": args.min_frames,
+            "max_frames": args.max_frames,
+            "min_pixels": args.video_min_pixels,
+            "max_pixels": args.video_max_pixels,
+            "total_pixels": args.total_pixels,
+            "resize": args.resize,
+            "sampling": args.sampling,
+            "backend": args.decoder,
+        },
+        image={"min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels},
+        cache=frame_cache(args),
+        style=args.style,
+        prompt_template=args.prompt_template,
+        chat_template=args.chat_template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        on_long=args.on_long_prompt,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def build_engine(args, encoder, device):
+    """The RolloutEngine of --model; vLLM comes up last, since it sizes its memory by what is left."""
+    from rollout.engine import RolloutEngine
+
+    dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    return RolloutEngine(
+        args.model,
+        encoder=encoder,
+        dtype=dtype,
+        max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+        tensor_parallel=args.tensor_parallel,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_gib=args.kv_cache_gib,
+        enforce_eager=args.enforce_eager,
+        seed=args.seed,
+        rollout_seed=args.rollout_seed or ("request" if device.type == "cpu" else "engine"),
+        sleep_level=args.sleep_level,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def validation_budgets(args) -> dict:
+    """What Encoder.with_budgets takes for validation; None keeps the training value."""
+    return {
+        "video": {
+            "fps": args.validate_fps,
+            "max_frames": args.validate_max_frames,
+            "max_pixels": args.validate_video_max_pixels,
+            "total_pixels": args.validate_total_pixels,
+        }
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch, different on every rank (dropout and the like); the sampler has seeds of its own."""
+    import numpy as np
+    import torch
+
+    from train import distributed
+
+    own = seed * 10007 + distributed.rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
