@@ -33,7 +33,7 @@ from rewards import (
     text,
     verdict,
 )
-from rewards.extraction import Reading, Task, find_answer
+from rewards.extraction import COMMAND, Reading, Task, answer_blocks, clean, closes_at_end, fenced, find_answer
 from rewards.format import format_mode, format_reward
 
 # A reward never depends on what happens to be installed: what some type needs is an error at start, for all.
@@ -330,10 +330,11 @@ READS_RAW_GOLD = ("code", "svg-code", "html-code")  # `$` and \boxed mean someth
 
 def clean_gold(gold: Any) -> Any:
     """G18: content of the last answer block, outer `$`, \\boxed{} and code fence removed, blanks trimmed."""
-    if not isinstance(gold, str):
-        return gold
-    from rewards.extraction import COMMAND, _closes_at_end, answer_blocks, clean, fenced
+    return _clean_text(gold) if isinstance(gold, str) else gold
 
+
+@lru_cache(maxsize=4096)
+def _clean_text(gold: str) -> str:
     blocks, _ = answer_blocks(gold)
     value = clean(blocks[-1] if blocks else gold)
     for _ in range(4):
@@ -344,7 +345,7 @@ def clean_gold(gold: Any) -> Any:
                 inner = value[len(mark) : -len(mark)]
                 value = value if "$" in inner else inner.strip()
         command = COMMAND.match(value) if value.startswith("\\boxed") else None
-        if command and _closes_at_end(value, command.end() - 1):
+        if command and closes_at_end(value, command.end() - 1):
             value = value[command.end() : -1].strip()
         if value == before:
             break
@@ -358,8 +359,6 @@ def read_gold(problem_type: str, gold: Any, extra: dict[str, Any]) -> Any:
         raise ValueError("answer is missing")
     format_mode(extra)
     if canonical in READS_RAW_GOLD and isinstance(gold, str):
-        from rewards.extraction import answer_blocks
-
         blocks, _ = answer_blocks(gold)
         gold = blocks[-1] if blocks else gold
     else:

@@ -6,12 +6,15 @@ python rewards/child.py math|svg|html|score
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -47,7 +50,7 @@ def serve(kind: str) -> None:
     if kind == "score":
         from rewards.pool import serve_scores
 
-        print(json.dumps("ready"), file=answers, flush=True)
+        print(json.dumps({"ready": os.getpid()}), file=answers, flush=True)
         serve_scores(sys.stdin, lambda row: print(json.dumps(row), file=answers, flush=True))
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -60,7 +63,22 @@ def serve(kind: str) -> None:
     else:
         raise SystemExit(f"unknown kind {kind!r}")
     work(*FIRST_TASK[kind])  # what the libraries build on first use is not the first response's to pay
-    print(json.dumps("ready"), file=answers, flush=True)
+    gc.collect()
+    gc.freeze()  # what was imported stays shared with the workers
+    while True:
+        worker = os.fork()
+        if worker == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            work_off(work, answers)
+            os._exit(0)
+        _, status = os.waitpid(worker, 0)
+        if status == 0:
+            return  # no more tasks
+
+
+def work_off(work: Callable[..., Any], answers: TextIO) -> None:
+    """The worker: reads tasks until the pipe ends. Its parent forks the next one when it is killed."""
+    print(json.dumps({"ready": os.getpid()}), file=answers, flush=True)
     for line in sys.stdin:
         try:
             result = work(*json.loads(line))

@@ -11,7 +11,9 @@ from data.prompts import split_options
 from rewards.extraction import (
     CHOOSING,
     HEDGE,
+    IS_CORRECT,
     NO_ANSWER,
+    PATTERN_GATE,
     PATTERN_WORDS,
     SEVERAL,
     STATEMENT,
@@ -46,6 +48,7 @@ CORRECT_ALONE = re.compile(
     re.IGNORECASE,
 )
 PATTERN_WORDS[CORRECT_ALONE] = ("correct", "best", "right")
+PATTERN_GATE[CORRECT_ALONE] = PATTERN_GATE[IS_CORRECT]
 BRACKETED = re.compile(r"[\(\[【]\s*([A-Z])\s*[\)\]】]|\*\*\s*([A-Z])\s*\*\*|`([A-Z])`")
 LAST_LOWER = re.compile(
     r"(?:\b(?:option|choice|answer|letter|is|are|be|think|choose|select|pick|say|with)|'s)\s+\(?([a-z])\)?[.。!]?\s*\Z"

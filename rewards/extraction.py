@@ -173,7 +173,7 @@ def peel(text: str, keep: tuple[str, ...] = (), code: bool = True) -> str:
             ):
                 text = text[size : -len(closing)].strip()
         command = COMMAND.match(text)
-        if command and text.endswith("}") and _closes_at_end(text, command.end() - 1):
+        if command and text.endswith("}") and closes_at_end(text, command.end() - 1):
             text = text[command.end() : -1].strip()
         if text.startswith("{") and text.endswith("}"):
             text = _only_answer(text)
@@ -190,7 +190,8 @@ def fenced(text: str) -> str | None:
     return body.rstrip(" \t").removesuffix("\n") if newline and "`" not in head else text[3:-3]
 
 
-def _closes_at_end(text: str, opening: int) -> bool:
+def closes_at_end(text: str, opening: int) -> bool:
+    """The brace at `opening` is closed by the last character of the text."""
     depth = 0
     for found in re.finditer(r"\\[{}\\]|[{}]", text[opening:]):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
@@ -228,7 +229,10 @@ def _only_answer(text: str) -> str:
 PATTERN_WORDS: dict[re.Pattern[str], tuple[str, ...]] = {
     STATEMENT: ("answer", "choice", "option", "答案"),
     CHOOSING: ("choose", "select", "pick", "with"),
+    IS_CORRECT: ("answer", "option", "choice"),
 }
+# And, where the words are common, only on one that has this too.
+PATTERN_GATE = {IS_CORRECT: re.compile(r"(?:is|be)\s+(?:the\s+)?(?:correct|best|right)\b")}
 
 
 def _matches(pattern: re.Pattern[str], plain: str, lowered: str) -> list[tuple[int, int]]:
@@ -237,7 +241,8 @@ def _matches(pattern: re.Pattern[str], plain: str, lowered: str) -> list[tuple[i
     if words is None or len(plain) != len(lowered):  # a few letters change their length with their case
         return [found.span() for found in pattern.finditer(plain)]
     first = [place for word in words if (place := lowered.find(word)) >= 0]
-    if not first:
+    gate = PATTERN_GATE.get(pattern)
+    if not first or (gate and not gate.search(lowered)):
         return []
     last = max(lowered.rfind(word) for word in words)
     return [found.span() for found in pattern.finditer(plain, max(0, min(first) - 200), last + 200)]
@@ -266,14 +271,14 @@ def statements(text: str, task: Task) -> list[tuple[bool, str, str]]:
             continue
         high = bool(CONCLUSION.search(before) or CONCLUSION.search(plain[start:end]))
         result.append((high, sentence, extent))
-    if task.kind in ("text", "short") and " the " in lowered:
-        for count, match in enumerate(IS_CORRECT.finditer(plain)):
+    if task.kind in ("text", "short"):
+        for count, (start, end) in enumerate(_matches(IS_CORRECT, plain, lowered)):
             if count == MAX_CORRECT:
                 raise Several("the same claim again and again")
-            before = re.split(r"(?<=[.!?。！？])\s|\n", plain[max(0, match.start() - 500) : match.start()])[-1]
+            before = re.split(r"(?<=[.!?。！？])\s|\n", plain[max(0, start - 500) : start])[-1]
             high = bool(CONCLUSION.search(before))
             words = re.sub(r"^\W*(?:therefore|so|thus|hence|finally)\b[\s,]*", "", before, flags=re.IGNORECASE).strip()
-            after = plain[match.end() : match.end() + 1]
+            after = plain[end : end + 1]
             if words and after != "?" and not HEDGE.search(before):
                 result.append((high, words, words))
     return result

@@ -52,7 +52,7 @@ def read_box(value: Any) -> Box:
         value = [value.get(name)[0] for name in CORNERS]
     if not isinstance(value, list) or len(value) != 4:
         raise BadShape("not four numbers")
-    x1, y1, x2, y2 = [item.value if type(item) is Num else number(item) for item in value]
+    x1, y1, x2, y2 = [float(item[0]) if type(item) is Num and len(item[0]) < 300 else number(item) for item in value]
     if not math.isfinite(x1 + y1 + x2 + y2):
         raise BadShape("not finite")
     if x2 <= x1 or y2 <= y1:
@@ -154,15 +154,17 @@ def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
     >>> box_iou((0, 0, 10, 10), (5, 0, 15, 10))
     0.3333333333333333
     """
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+    a1, b1, a2, b2 = one
+    c1, d1, c2, d2 = other
+    width = (a2 if a2 < c2 else c2) - (a1 if a1 > c1 else c1)
+    height = (b2 if b2 < d2 else d2) - (b1 if b1 > d1 else d1)
     if width <= 0 or height <= 0:
         return 0.0
     both = width * height
-    union = (one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1]) - both
-    if not math.isfinite(union) or union <= 0:
+    union = (a2 - a1) * (b2 - b1) + (c2 - c1) * (d2 - d1) - both
+    if not 0 < union < math.inf:
         return 0.0
-    return min(1.0, max(0.0, both / union))
+    return min(1.0, both / union)
 
 
 def scale_of(extra: dict[str, Any]) -> tuple[Point, Point]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -292,4 +291,4 @@ def describe(value: Any) -> str:
 
 
 def _keys(track: dict[float, Box] | None) -> dict[str, Box] | None:
-    return None if track is None else {re.sub(r"\.0\Z", "", str(second)): box for second, box in track.items()}
+    return None if track is None else {str(second).removesuffix(".0"): box for second, box in track.items()}

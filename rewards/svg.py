@@ -6,13 +6,15 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from functools import lru_cache
 from xml.parsers import expat
 
 import numpy as np
 
 from rewards import killable
 
-LIMIT_S = 5.0
+LIMIT_S = 1.2  # of processor time, 1.5 on the clock
+GOLD_LIMIT_S = 5.0
 MAX_SIDE = 256
 MAX_DEPTH = 100
 MAX_ELEMENTS = 20_000
@@ -127,22 +129,27 @@ def render(root: ElementTree.Element, own: tuple[float, ...], size: tuple[int, i
         return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
+@lru_cache(maxsize=64)
+def target_of(gold: str) -> tuple[tuple[float, ...], np.ndarray, float]:
+    """(canvas, picture, mean distance from white) of a gold, once for all its responses. Raises NotAPicture."""
+    root = parse(gold)
+    own = canvas(root) or (0.0, 0.0, 300.0, 150.0)
+    zoom = min(1.0, MAX_SIDE / max(own[2], own[3]))
+    picture = render(root, own, (max(1, round(own[2] * zoom)), max(1, round(own[3] * zoom))))
+    return own, picture, float(np.abs(picture - 255.0).mean())
+
+
 def compare_in_child(gold: str, answer: str | None) -> dict[str, float]:
     """{"accuracy"} of an answer, {"ink"} of a gold alone (answer None); {"bad": reason} for what is no picture."""
     try:
-        root = parse(gold)
-        own = canvas(root) or (0.0, 0.0, 300.0, 150.0)
-        zoom = MAX_SIDE / max(own[2], own[3])
-        size = (max(1, round(own[2] * min(zoom, 1.0))), max(1, round(own[3] * min(zoom, 1.0))))
-        target = render(root, own, size)
+        own, target, ink = target_of(gold)
     except NotAPicture as error:
         return {"bad": str(error)}
-    ink = float(np.abs(target - 255.0).mean())
     if answer is None:
         return {"ink": ink}
     try:
         given = parse(answer)
-        picture = render(given, canvas(given) or own, size)
+        picture = render(given, canvas(given) or own, (target.shape[1], target.shape[0]))
     except NotAPicture as error:
         return {"accuracy": 0.0, "reason": str(error)}
     if ink == 0:
@@ -167,9 +174,13 @@ def read_gold(gold: object) -> str:
 
     if not isinstance(gold, str) or not gold.strip():
         raise ValueError(f"an svg answer must be svg source, got {gold!r:.100}")
-    source = unwrapped(gold, "svg")
+    return _checked(unwrapped(gold, "svg"))
+
+
+@lru_cache(maxsize=4096)
+def _checked(source: str) -> str:
     try:
-        result = killable.call("svg", [source, None], LIMIT_S)
+        result = killable.call("svg", [source, None], GOLD_LIMIT_S)
     except killable.Killed as error:
         raise ValueError(f"the svg answer does not render: {error}") from error
     if result.get("ink", 0) == 0:
