@@ -7,6 +7,7 @@ unit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,9 +66,11 @@ class AdamWLowPrecision(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) for bf16 weights without fp32 master weights; moments and arithmetic are fp32.
 
     rounding "stochastic": the new weight is rounded up or down with probabilities that make it right on average; the
-    noise of update u is a function of (seed, u, parameter), so a resumed run draws the same. "kahan": the rounding
-    error is kept in a bf16 buffer and added to the next update (arXiv 2010.06192). Weights of another dtype than bf16
-    get plain AdamW.
+    noise of update u is a function of (seed, u, stream), so a resumed run draws the same. Tensors are numbered by a
+    `stream` in the order of their first update, kept in their state: an engine such as ZeRO-3 shows its flat shards to
+    step() one at a time, where the place in the list would be the same for all. "kahan": the rounding error is kept in
+    a bf16 buffer and added to the next update (arXiv 2010.06192). Weights of another dtype than bf16 get plain AdamW.
+    Ranks hold different shards and need different seeds.
     """
 
     def __init__(
@@ -95,19 +98,18 @@ class AdamWLowPrecision(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        position = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                position += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, position)
+                    self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], position: int) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         if parameter.grad.is_sparse:
             raise ValueError("sparse gradients are not supported")
         state = self.state[parameter]
         if not state:
+            state["stream"] = len(self.state) - 1  # self.state holds this one already
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -117,7 +119,7 @@ class AdamWLowPrecision(torch.optim.Optimizer):
         generator = None
         if self.rounding == "stochastic" and parameter.dtype == torch.bfloat16:
             generator = torch.Generator(device=parameter.device)
-            generator.manual_seed(((self.seed * 1_000_003 + state["step"]) * 1_000_003 + position) % (1 << 63))
+            generator.manual_seed(noise_seed(self.seed, state["step"], state["stream"]))
         names = [name for name in ("exp_avg", "exp_avg_sq", "residue") if name in state]
         flat = {name: state[name].view(-1) for name in names}
         weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)
@@ -161,6 +163,12 @@ def _adamw_chunk(
         weights.copy_(round_stochastically(exact, generator))
     else:
         weights.copy_(exact)
+
+
+def noise_seed(*numbers: int) -> int:
+    """A seed below 2^63 in which every number counts. Hashed: torch's CPU generator looks at the lower 32 bits alone,
+    in which sums of products of (seed, update, tensor) would meet."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -230,7 +230,9 @@ def test_ema_grpo_guard_falls_back_to_the_groups_own_std():
 
 
 def fields_for(name, rows, group_size, generator=None):
-    draw = torch.rand(rows, generator=generator, dtype=torch.float64) if generator else torch.full((rows,), 0.5).double()
+    draw = (
+        torch.rand(rows, generator=generator, dtype=torch.float64) if generator else torch.full((rows,), 0.5).double()
+    )
     return {
         "remax": {"baseline_rewards": draw[::group_size]},
         "gdpo": {"reward_parts": {"accuracy": draw, "format": draw.flip(0)}},

@@ -83,7 +83,9 @@ def test_equal_probabilities_change_nothing():
     for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
         rows, metrics, _ = correct([[1.0] * 4, [1.0] * 2, [1.0]], rollout_correction=mode, reject_above=1.001)
         assert rows == [[1.0] * 4, [1.0] * 2, [1.0]]
-        assert metrics["mismatch/k3"][0] == metrics["mismatch/weight_changed"][0] == metrics["mismatch/rejected"][0] == 0
+        assert (
+            metrics["mismatch/k3"][0] == metrics["mismatch/weight_changed"][0] == metrics["mismatch/rejected"][0] == 0
+        )
 
 
 def test_unknown_sampler_tokens_are_counted_and_a_nan_of_the_trainer_stays():

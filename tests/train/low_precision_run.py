@@ -1,0 +1,130 @@
+"""Program behind test_low_precision.py: the AdamW variants on ZeRO-3 (real DeepSpeed, gloo), weights written to a file.
+
+torchrun --nproc_per_node 2 tests/train/low_precision_run.py OUT.pt
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import tempfile
+
+import torch
+from torch import nn
+
+from train import distributed
+from train.optimizer import parameter_groups
+from train.policy import build_trained_optimizer, deepspeed_config
+
+ROWS, COLUMNS, STEPS = 64, 128, 80
+SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02}
+
+
+def start() -> torch.Tensor:
+    """(ROWS, COLUMNS) bf16 values as float32; the lower half, which the second rank holds, equals the upper one."""
+    half = torch.randn(ROWS // 2, COLUMNS, generator=torch.Generator().manual_seed(99))
+    return torch.cat([half, half]).to(torch.bfloat16).float()
+
+
+def gradient(step: int) -> torch.Tensor:
+    """The gradient of every tensor at this step, exact in bf16; the lower half equals the upper one."""
+    half = 0.3 + torch.randn(ROWS // 2, COLUMNS, generator=torch.Generator().manual_seed(step))
+    return torch.cat([half, half]).to(torch.bfloat16).float()
+
+
+class Linear(nn.Module):
+    """loss = sum(weight * coefficients): a gradient that does not depend on the weights."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(start().to(dtype))
+
+    def forward(self, coefficients):
+        return (self.weight.float() * coefficients).sum()
+
+
+class Two(nn.Module):
+    """Two equal tensors, each a sub-group of its own, so that nothing but rounding can tell them apart."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.first, self.second = Linear(dtype), Linear(dtype)
+
+    def forward(self, coefficients):
+        return self.first(coefficients) + self.second(coefficients)
+
+
+def build(kind: str, dtype: torch.dtype, device):
+    import deepspeed
+
+    args = argparse.Namespace(
+        optimizer="adamw" if kind == "plain" else kind, max_grad_norm=1e9, adam_betas=SETTINGS["betas"],
+        adam_eps=SETTINGS["eps"], seed=7,
+    )  # fmt: skip
+    asked = argparse.Namespace(**{**vars(args), "optimizer": "adamw_kahan" if kind == "plain" else kind})
+    config = deepspeed_config(asked, dtype, device)  # plain: bf16 weights without a master copy, and torch's AdamW
+    config["zero_optimization"] |= {"sub_group_size": 4096, "stage3_param_persistence_threshold": 0}
+    model = Two(dtype)
+    groups = parameter_groups(model.named_parameters(), SETTINGS["weight_decay"])
+    optimizer = build_trained_optimizer(groups, args, SETTINGS["lr"], offload=False)
+    return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
+
+
+def train(engine, steps: range) -> None:
+    for step in steps:
+        engine.backward(engine(gradient(step)))
+        engine.step()
+
+
+def weights(engine) -> list[torch.Tensor]:
+    import deepspeed
+
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.detach().float().clone() for parameter in parameters]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    device = distributed.init(device="cpu")
+    distributed.init_deepspeed(device)
+    seen: dict[str, object] = {}
+    for name, kind, dtype in (
+        ("fp32", "adamw", torch.float32),
+        ("master", "adamw", torch.bfloat16),
+        ("plain", "plain", torch.bfloat16),
+        ("kahan", "adamw_kahan", torch.bfloat16),
+        ("stochastic", "adamw_stochastic", torch.bfloat16),
+    ):
+        engine = build(kind, dtype, device)
+        seen[f"{name}/sub_groups"] = len(engine.optimizer.fp16_groups)
+        train(engine, range(STEPS))
+        seen[name] = weights(engine)
+        seen[f"{name}/moments"] = sorted(
+            {str(value.dtype) for state in engine.optimizer.optimizer.state.values()
+             for key, value in state.items() if key.startswith("exp_avg")}
+        )  # fmt: skip
+    folder = distributed.broadcast_object(tempfile.mkdtemp())
+    for kind in ("adamw_kahan", "adamw_stochastic"):
+        engine = build(kind, torch.bfloat16, device)
+        train(engine, range(4))
+        engine.save_checkpoint(folder, tag=kind, save_latest=False)
+        train(engine, range(4, 8))
+        resumed = build(kind, torch.bfloat16, device)
+        resumed.load_checkpoint(folder, tag=kind)
+        train(resumed, range(4, 8))
+        whole, again = weights(engine), weights(resumed)
+        seen[f"{kind}/resumed"] = all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+        seen[f"{kind}/moved"] = not torch.equal(whole[0], start())
+    if distributed.is_main():
+        torch.save(seen, sys.argv[1])
+    distributed.barrier("written")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The bf16 AdamW variants under ZeRO-3 on two ranks, against torch's fp32 AdamW in one process."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.low_precision_run import COLUMNS, ROWS, SETTINGS, STEPS, gradient, start
+
+pytestmark = pytest.mark.slow
+PROGRAM = Path(__file__).with_name("low_precision_run.py")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    out = tmp_path_factory.mktemp("low_precision") / "seen.pt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*command, str(PROGRAM), str(out)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """float32 weights after the same updates, by torch alone."""
+    weights = torch.nn.Parameter(start())
+    optimizer = torch.optim.AdamW([weights], **SETTINGS)
+    for step in range(STEPS):
+        weights.grad = gradient(step)
+        optimizer.step()
+    return weights.detach()
+
+
+def test_two_tensors_are_two_sub_groups_and_fp32_is_plain_adamw(seen, exact):
+    assert seen["fp32/sub_groups"] == seen["kahan/sub_groups"] == 2
+    for tensor in seen["fp32"]:
+        torch.testing.assert_close(tensor, exact, rtol=1e-6, atol=1e-7)
+    for tensor in seen["master"]:  # bf16 weights that follow fp32 master weights
+        assert torch.equal(tensor, exact.to(torch.bfloat16).float())
+
+
+def test_kahan_follows_fp32_where_plain_bf16_stands_still(seen, exact):
+    unit = 2.0 ** (exact.abs().clamp(min=1e-3).log2().floor() - 7)  # bf16's spacing at the weight
+    moved = (exact - start()).abs().mean()
+    for tensor in seen["kahan"]:
+        off = (tensor - exact).abs() / unit
+        # Half a unit is the last rounding; the kept error, of at most half a unit, loses 2^-9 of itself per update.
+        assert off.max() <= 0.5 + STEPS * 2.0**-10 and (off <= 0.51).float().mean() > 0.999
+    big = start().abs() > 0.5  # half a unit is above one update there
+    plain, kahan = seen["plain"][0], seen["kahan"][0]
+    should = (
+        (exact.to(torch.bfloat16).float() != start())[big].float().mean().item()
+    )  # 0.34: moved by half a unit or more
+    assert (kahan != start())[big].float().mean().item() == pytest.approx(should, rel=0.02)
+    assert (plain != start())[big].float().mean() < 0.3 * should
+    assert (plain - exact)[big].abs().mean() > 0.5 * moved
+    assert abs((kahan - exact)[big].mean()) < 0.05 * moved
+    assert seen["kahan/moments"] == seen["stochastic/moments"] == ["torch.float32"]
+
+
+def test_stochastic_rounding_is_right_on_average(seen, exact):
+    error = torch.stack(seen["stochastic"]) - exact
+    moved = (exact - start()).mean()
+    spread = error.std() / math.sqrt(error.numel())
+    assert abs(error.mean()) < 5 * spread and spread < 0.05 * abs(moved)
+
+
+def test_noise_differs_between_sub_groups_ranks_and_updates(seen):
+    """Equal weights and gradients everywhere: only the noise can tell the two tensors, and the two halves, apart."""
+    first, second = seen["stochastic"]
+    assert 0.2 < (first != second).float().mean() < 0.9
+    upper, lower = first[: ROWS // 2], first[ROWS // 2 :]  # rank 0's shard and rank 1's
+    assert upper.shape == (ROWS // 2, COLUMNS)
+    assert 0.2 < (upper != lower).float().mean() < 0.9
+    assert torch.equal(*seen["kahan"])  # nothing is drawn there
+
+
+def test_resuming_draws_the_same_noise(seen):
+    for kind in ("adamw_kahan", "adamw_stochastic"):
+        assert seen[f"{kind}/resumed"] and seen[f"{kind}/moved"]
