@@ -171,6 +171,8 @@ def resolve_media(
 ) -> list[str]:
     """Replaces relative media paths by the first existing root/path, in place; returns those found nowhere.
 
+    After the roots comes the path as it stands: data.dataset.load has joined it to its data file's folder already.
+
     clips: other files that show the same thing as a sample's first medium, best first (a clip cut beforehand, with or
     without a window of its own; another file ending). A path that exists nowhere becomes roots[0]/path, so that errors
     name a sensible place; so it does in the result.
@@ -179,7 +181,7 @@ def resolve_media(
 
     def look_up(relative: str) -> str | None:
         if relative not in found:
-            places = [Path(relative)] if Path(relative).is_absolute() else [root / relative for root in roots]
+            places = [root / relative for root in roots if not Path(relative).is_absolute()] + [Path(relative)]
             found[relative] = next((str(place) for place in places if place.is_file()), None)
         return found[relative]
 

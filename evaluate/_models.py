@@ -64,6 +64,7 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
         "enable_prefix_caching": True,  # the questions of one video share its tokens
         "mm_processor_cache_gb": 2,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if args.max_model_len:
         chosen["max_model_len"] = args.max_model_len

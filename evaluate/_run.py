@@ -336,6 +336,8 @@ def answer_missing(
     def scored(row: dict[str, Any]) -> dict[str, Any]:
         sample = by_id[row["id"]]
         row = {"id": row["id"], "benchmark": benchmark.name, **row, "video": Answer(sample, row, None).video}
+        if sample.extra.get("outside_primary"):
+            row["outside_primary"] = True
         return score_row(benchmark, sample, row, args.protocol)
 
     async def run() -> dict[str, Any]:

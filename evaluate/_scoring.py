@@ -50,8 +50,9 @@ class Benchmark:
     """What a benchmark program declares; `evaluate._run.main` does the rest.
 
     load: flags -> every sample of the annotation file, media paths relative; sets extra["excluded"] = reason on records
-    that must not be answered. prompts: name -> sample -> whole text of the user turn (official wordings); "direct" and
-    "think" of data.prompts always exist. score: replaces rewards.score where the official rule needs more.
+    that must not be answered, and extra["outside_primary"] = True on controls that the primary score leaves out.
+    prompts: name -> sample -> whole text of the user turn (official wordings); "direct" and "think" of data.prompts
+    always exist. score: replaces rewards.score where the official rule needs more.
     metrics: the official aggregates. breakdown: fields of `extra` with a table each; tables: further tables.
     """
 

@@ -40,6 +40,7 @@ def load_playground(args: Namespace) -> list[Sample]:
             raise AnnotationError(str(error)) from error
         for sample in rows:
             sample.extra |= {"split": split, "question_id": sample.id, "template": sample.source.split("/")[-1]}
+            sample.extra["outside_primary"] = split == "blind"
             sample.id += "" if split == "seeing" else "/blind"
         samples += rows
     clip_of = {sample.id: video_of(sample) for sample in samples}

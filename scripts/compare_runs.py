@@ -47,7 +47,7 @@ def find_runs(place: Path) -> list[Run]:
         scores, videos = {}, {}
         for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["score"] is not None:
+            if row["score"] is not None and not row.get("outside_primary"):
                 scores[row["id"]], videos[row["id"]] = row["score"], row.get("video") or row["id"]
         runs.append(Run(place.name, folder, results, scores, videos))
     return runs

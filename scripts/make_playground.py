@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides scenes, questions, weights, warm start")
     parser.add_argument("--clips", type=int, default=800, help="clips to train on; held-out: a quarter of it")
     parser.add_argument("--no_warm_start", action="store_true", help="save the randomly initialised model")
+    parser.add_argument("--max_warm_start_steps", type=int, default=400, help="stop there if the policy is not ready")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render, threads of torch")
     args = parser.parse_args()
     if args.clips < 12 * len(KINDS):
@@ -103,7 +104,7 @@ def main() -> int:
     model = make_model(tokenizer, args.seed)
     save_model(folder / "model", model, processor)
     if not args.no_warm_start:
-        summary["warm_start"] = warm_start(folder, model, args.seed)
+        summary["warm_start"] = warm_start(folder, model, args.seed, args.max_warm_start_steps)
         save_model(folder / "model", model, processor)
     summary["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     summary["total_s"] = round(time.monotonic() - started, 1)

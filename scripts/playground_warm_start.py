@@ -28,7 +28,7 @@ LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 20
 SLICE = 0.15  # share of the train split's clips and stills that only measure
 STOP_AT = 0.46
-MEASURE_FROM, MEASURE_EVERY, MAX_STEPS = 80, 10, 400
+MEASURE_FROM, MEASURE_EVERY = 80, 10
 
 
 def collate(lessons: list[Lesson], encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
@@ -101,7 +101,7 @@ def read_lessons(folder: Path, encoder: Encoder) -> dict[str, list[tuple[str, Le
     return lessons
 
 
-def warm_start(folder: Path, model: torch.nn.Module, seed: int) -> dict[str, Any]:
+def warm_start(folder: Path, model: torch.nn.Module, seed: int, max_steps: int) -> dict[str, Any]:
     """Train `model` (the one saved in folder/model) in place; -> steps, share right on the slice, seconds.
 
     The frames it decodes stay in folder/cache, where training and evaluation find them.
@@ -122,7 +122,7 @@ def warm_start(folder: Path, model: torch.nn.Module, seed: int) -> dict[str, Any
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     right = 0.0
-    for step in range(1, MAX_STEPS + 1):
+    for step in range(1, max_steps + 1):
         inputs, asked = collate([next(streams[kind]) for kind, n in BATCH.items() for _ in range(n)], encoder)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP_STEPS)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The whole life of a policy in one command, on a machine without a GPU too: set up, build the playground (real video files
 # and a tiny Qwen3-VL), decode every clip once, evaluate, train by RL on two ranks, evaluate again, and write a report.
-#   bash scripts/quickstart.sh                 SEED=1 bash scripts/quickstart.sh      RUN=runs/mine STEPS=20 bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh        SEED=1 bash scripts/quickstart.sh        RUN=runs/mine STEPS=20 CLIPS=200 bash scripts/quickstart.sh
 # A second run skips what is already there; a training that was interrupted goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0}
 RUN=${RUN:-runs/quickstart-seed$SEED}
 PLAYGROUND=${PLAYGROUND:-playground/seed$SEED}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TORCH_CPP_LOG_LEVEL=ERROR HF_HUB_DISABLE_PROGRESS_BARS=1
 timings=()
 stage() {  # stage NAME MARKER COMMAND...: runs COMMAND unless MARKER exists, and notes how long it took
   local name=$1 marker=$2 start=$SECONDS; shift 2
@@ -34,7 +34,8 @@ evaluate() {  # evaluate MODEL NAME
     --image_max_pixels 4096 --max_response_tokens 24
 }
 stage "build the playground: clips, questions, a tiny policy that sees a little" "$PLAYGROUND/complete.json" \
-  python scripts/make_playground.py --output_dir "$PLAYGROUND" --seed "$SEED"
+  python scripts/make_playground.py --output_dir "$PLAYGROUND" --seed "$SEED" --clips "${CLIPS:-800}" \
+    --max_warm_start_steps "${WARM_START_STEPS:-400}"
 stage "decode every clip once" "" \
   python data/preprocess.py --data "$PLAYGROUND"/{train,heldout,heldout_blind}.jsonl "${cache[@]}" --model "$PLAYGROUND/model" "${frames[@]}"
 stage "evaluate the starting policy" "$RUN/before/results.json" evaluate "$PLAYGROUND/model" before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -12,10 +13,10 @@ from scripts import compare_runs
 from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, write_toy
 
 
-def run(toy, out, letter, *flags):
+def run(toy, out, letter, *flags, benchmark=TOY):
     make_engine, make_encoder, _ = fake_parts(decode=False, engine=FakeEngine(lambda text: letter(text)))
     arguments = ["--model", "m", "--data_dir", str(toy), "--output_dir", str(out), *flags]
-    assert main(TOY, arguments, make_engine=make_engine, make_encoder=make_encoder) == 0
+    assert main(benchmark, arguments, make_engine=make_engine, make_encoder=make_encoder) == 0
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
@@ -40,6 +41,24 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     picture = ElementTree.parse(tmp_path / "p.svg").getroot()
     bars = [float(rect.get("width")) for rect in picture if rect.tag.endswith("rect")][2:]
     assert bars == [560 * 0.25, 560 * 0.625]
+
+
+def test_controls_outside_the_primary_score_are_not_paired(tmp_path):
+    """Clip 2 is a control: 4 of 6 questions count. "A" is right for clip 0, question 0 alone; all "B" for two of four."""
+
+    def load(args):
+        samples = TOY.load(args)
+        for sample in samples:
+            sample.extra["outside_primary"] = sample.id.startswith("002")
+        return samples
+
+    write_toy(tmp_path / "toy", clips=3, questions=2)
+    benchmark = replace(TOY, load=load)
+    for letter in "AB":
+        run(tmp_path / "toy", tmp_path / letter, lambda text, letter=letter: letter, benchmark=benchmark)
+    (a,), (b,) = (compare_runs.find_runs(tmp_path / letter) for letter in "AB")
+    found = compare_runs.compare(a, b)
+    assert found["common"] == 4 and found["paired"].difference == pytest.approx(2 / 4 - 1 / 4)
 
 
 def test_clusters_are_the_videos_of_the_rows(tmp_path):
