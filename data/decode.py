@@ -3,25 +3,30 @@
 A demux pass over the packets gives the exact table of presentation times for a few milliseconds per minute of video.
 Frames are then decoded by plan: per wanted group of pictures one seek, packets fed only up to the last wanted one,
 non-reference frames that nobody asked for skipped by the decoder. Where a plan is not safe (MPEG-TS, AVI, GIF, packets
-without or with equal times, a wanted time that does not come out) the file is decoded from its beginning.
+without or with equal times, a wanted time that does not come out) the file is decoded from its beginning; where that
+fails too, and not because a picture is damaged, torchcodec is asked, if it is installed.
 
 PyAV does not apply the display rotation of phone videos; it is applied here. torch is not imported here.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 MAX_FRAME_PIXELS = 160_000_000  # 16k x 10k: beyond that a header is lying, and one RGB frame would take 480 MB
 SEEK_AHEAD_PACKETS = 64  # nearer than this, reading on is cheaper than a seek
+NO_TIME = -(2**63)  # a packet without a time of its own, in arrays of ticks
 # Containers that seek badly or mark every packet as a key: decoded from the beginning.
 SEQUENTIAL_FORMATS = {"mpegts", "mpegtsraw", "gif", "avi", "mpeg", "mpegvideo", "h264", "hevc", "m4v", "apng"}
 
@@ -41,6 +46,10 @@ class MediaError(ValueError):
 
 class _PlanFailed(Exception):
     """The frames that came out are not those the packet table promised."""
+
+
+class _PictureDamaged(_PlanFailed):
+    """The decoder itself says that a picture is not as it was sent."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Timeline:
     container: str
     sequential: bool  # decode from the beginning; seeking is not safe
     packet_pts: np.ndarray | None = None  # (packets,) in decode order
-    packet_dts: np.ndarray | None = None
+    packet_dts: np.ndarray | None = None  # NO_TIME where a packet has none
     packet_key: np.ndarray | None = None  # (packets,) bool
 
     @property
@@ -139,29 +148,27 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
     container, stream = open_video(source)
     with container:
         form = container.format.name
-        rows = []
-        try:
-            for packet in container.demux(stream):
-                if packet.size:
-                    rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
-        except av.FFmpegError as error:
-            raise MediaError(name, f"is damaged ({_words(error)} in the container)", "re-download it") from None
-        if not rows:
+        packets, first, failure = _packet_table(name, container, stream)
+        if not len(packets.pts):
             raise MediaError(name, "holds no video packets (truncated?)", "re-download it")
         # An MP4 lists its samples up front: fewer packets than listed means the end of the file is missing.
-        if "mov" in form and (len(rows) < stream.frames or rows[-1][4]):
-            raise MediaError(name, f"is truncated: {stream.frames} frames listed, {len(rows)} there", "re-download it")
-        _check_end(name, container, stream, rows)
-        sequential = any(part in SEQUENTIAL_FORMATS for part in form.split(","))
-        first_key = next((i for i, row in enumerate(rows) if row[2]), 0)
-        shown = [row[0] for row in rows[first_key:] if not row[3]]  # packets before a key show nothing
-        plain = bool(shown) and None not in [row[0] for row in rows] and len(set(shown)) == len(shown)
-        sequential = sequential or first_key > 0 or not plain
+        if "mov" in form and (len(packets.pts) < stream.frames or packets.corrupt[-1]):
+            there = f"{stream.frames} frames listed, {len(packets.pts)} there"
+            raise MediaError(name, f"is truncated: {there}", "re-download it")
+        _check_end(name, container, stream, packets.pts)
+        if first is None:
+            words = f"cannot be decoded ({_words(failure)})" if failure else "decodes to no picture"
+            raise MediaError(name, words, "re-download or re-encode it")
         rate = stream.average_rate, stream.guessed_rate
         time_base = stream.time_base
         codec = stream.codec_context.name
-    first, pts = _first_picture(source, name, by_decoding or not plain)
-    pts = np.sort(np.asarray(shown if pts is None else pts, dtype=np.int64))
+    keys = np.flatnonzero(packets.key)
+    first_key = int(keys[0]) if len(keys) else 0
+    pts = np.sort(packets.pts[first_key:][~packets.discard[first_key:]])  # packets before a key show nothing
+    plain = len(pts) > 0 and bool((packets.pts != NO_TIME).all()) and bool((np.diff(pts) > 0).all())
+    sequential = any(part in SEQUENTIAL_FORMATS for part in form.split(",")) or first_key > 0 or not plain
+    if by_decoding or not plain:
+        pts = _decoded_times(source, name)
     fps, constant_rate = _frame_rate(pts, time_base, rate)
     height, width = first.height, first.width
     if height * width > MAX_FRAME_PIXELS:
@@ -169,22 +176,62 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
     rotation = int(first.rotation) % 360
     if rotation % 180 == 90:
         height, width = width, height
-    order = [np.asarray([row[i] for row in rows]) for i in range(3)] if plain and not sequential else [None] * 3
+    seekable = {"packet_pts": packets.pts, "packet_dts": packets.dts, "packet_key": packets.key}
     return Timeline(
         pts=pts, time_base=time_base, fps=fps, constant_rate=constant_rate, height=height, width=width,
         rotation=rotation, codec=codec, container=form, sequential=sequential,
-        packet_pts=order[0], packet_dts=order[1], packet_key=order[2],
+        **({} if sequential else seekable),
     )  # fmt: skip
 
 
-def _check_end(name: str, container, stream, rows) -> None:
+@dataclass(frozen=True)
+class _Packets:
+    """What a demux pass finds: one entry per packet, in decode order. 19 bytes each, so that hours stay small."""
+
+    pts: np.ndarray
+    dts: np.ndarray
+    key: np.ndarray
+    discard: np.ndarray
+    corrupt: np.ndarray
+
+
+def _packet_table(name: str, container, stream) -> tuple[_Packets, av.VideoFrame | None, av.FFmpegError | None]:
+    """Every packet's times and flags; the first picture, decoded on the way, or why there is none. Raises MediaError."""
+    context = stream.codec_context
+    pts, dts, flags, first, failure = array("q"), array("q"), bytearray(), None, None
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            pts.append(NO_TIME if packet.pts is None else packet.pts)
+            dts.append(NO_TIME if packet.dts is None else packet.dts)
+            flags.append(packet.is_keyframe + 2 * packet.is_discard + 4 * packet.is_corrupt)
+            if first is None and failure is None:
+                first, failure = _picture(context, packet)
+    except av.FFmpegError as error:
+        raise MediaError(name, f"is damaged ({_words(error)} in the container)", "re-download it") from None
+    if first is None and failure is None and len(pts):
+        first, failure = _picture(context, None)
+    bits = np.frombuffer(bytes(flags), np.uint8)
+    times = np.array(pts, np.int64), np.array(dts, np.int64)
+    return _Packets(*times, (bits & 1) > 0, (bits & 2) > 0, (bits & 4) > 0), first, failure
+
+
+def _picture(context, packet) -> tuple[av.VideoFrame | None, av.FFmpegError | None]:
+    try:
+        return next(iter(context.decode(packet)), None), None
+    except av.FFmpegError as error:
+        return None, error
+
+
+def _check_end(name: str, container, stream, pts: np.ndarray) -> None:
     """Raises MediaError if a Matroska or FLV file ends well before the duration in its header (MP4: counted above)."""
     if not container.duration or not any(part in container.format.name for part in ("matroska", "flv")):
         return
     announced_s = container.duration / av.time_base
     slack_s = max(0.5, 0.02 * announced_s)
-    times = [row[0] for row in rows if row[0] is not None]
-    end_s = float(max(times) * stream.time_base) if times else announced_s
+    timed = pts[pts != NO_TIME]
+    end_s = float(int(timed.max()) * stream.time_base) if len(timed) else announced_s
     if end_s >= announced_s - slack_s:
         return
     try:
@@ -199,25 +246,19 @@ def _check_end(name: str, container, stream, rows) -> None:
         raise MediaError(name, reason, "re-download it")
 
 
-def _first_picture(source, name, all_times: bool):
-    """The first decoded frame and, if asked for, the times of all of them (a full decode, nothing converted)."""
+def _decoded_times(source: str | bytes, name: str) -> np.ndarray:
+    """The times of all pictures, ascending, by decoding them (nothing is converted). Raises MediaError."""
     container, stream = open_video(source)
     with container:
-        first, times = None, []
         try:
-            for frame in container.decode(stream):
-                if first is None:
-                    first = frame
-                if not all_times:
-                    return first, None
-                times.append(frame.pts if frame.pts is not None else frame.dts)
+            times = [frame.pts if frame.pts is not None else frame.dts for frame in container.decode(stream)]
         except av.FFmpegError as error:
             raise MediaError(name, f"cannot be decoded ({_words(error)})", "re-download or re-encode it") from None
-        if first is None:
-            raise MediaError(name, "decodes to no picture", "re-download or re-encode it")
-        if None in times or len(set(times)) < len(times):
-            raise MediaError(name, "has frames without a time of their own", "re-encode it (ffmpeg -i IN OUT.mp4)")
-        return first, times
+    if not times:
+        raise MediaError(name, "decodes to no picture", "re-download or re-encode it")
+    if None in times or len(set(times)) < len(times):
+        raise MediaError(name, "has frames without a time of their own", "re-encode it (ffmpeg -i IN OUT.mp4)")
+    return np.sort(np.asarray(times, dtype=np.int64))
 
 
 def _frame_rate(pts: np.ndarray, time_base: Fraction, candidates) -> tuple[float, bool]:
@@ -240,38 +281,44 @@ def read_frames(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (presentation index, RGB uint8 (H, W, 3) turned upright) once for each index of `wanted`, in any order.
 
-    backend: "pyav" (by plan, else from the beginning), "decord" or "torchcodec" (both by index, upright by themselves).
-    Raises MediaError; nothing is concealed: a damaged picture is an error.
+    backend: "pyav" (by plan, else from the beginning, else torchcodec), "decord" or "torchcodec" (both by index, upright
+    by themselves). Raises MediaError; nothing is concealed: a damaged picture is an error.
     """
     name = source if isinstance(source, str) else f"<{len(source)} bytes>"
     wanted = sorted(set(wanted))
     if backend != "pyav":
         yield from BACKENDS[backend](source, name, timeline, wanted)
         return
-    try:
-        if timeline.sequential or timeline.packet_pts is None:
-            frames = _decode_sequential(source, timeline, wanted)
-        else:
-            frames = _decode_by_plan(source, timeline, wanted)
-        done = set()
+    first = _decode_sequential if timeline.sequential or timeline.packet_pts is None else _decode_by_plan
+    done: set[int] = set()
+    for decode in (first, _decode_sequential):  # the second time without shortcuts
+        convert = VideoReformatter()  # one for all frames: a converter per frame costs as much as small frames do
         try:
-            for index, frame in frames:
+            for index, frame in decode(source, timeline, [index for index in wanted if index not in done]):
+                pixels = _upright(frame, timeline, convert)
                 done.add(index)
-                yield index, _upright(frame, timeline)
-        except (_PlanFailed, av.FFmpegError):  # once more, without shortcuts
-            rest = [index for index in wanted if index not in done]
-            for index, frame in _decode_sequential(source, timeline, rest):
-                yield index, _upright(frame, timeline)
-    except _PlanFailed as error:
-        raise MediaError(name, f"frames are missing or shifted ({error})", "re-encode it") from None
-    except av.FFmpegError as error:
-        raise MediaError(name, f"is damaged ({_words(error)} while decoding)", "re-download or re-encode it") from None
+                yield index, pixels
+            return
+        except _PlanFailed as error:
+            damaged = isinstance(error, _PictureDamaged)
+            verdict = MediaError(name, f"frames are missing or shifted ({error})", "re-encode it")
+        except av.FFmpegError as error:
+            damaged = isinstance(error, av.InvalidDataError)
+            verdict = MediaError(name, f"is damaged ({_words(error)} while decoding)", "re-download or re-encode it")
+    # Another FFmpeg may know the codec better. A damaged picture is not its business: it would invent the content.
+    if damaged or backend_problem("torchcodec"):
+        raise verdict
+    try:
+        yield from _decode_torchcodec(source, name, timeline, [index for index in wanted if index not in done])
+    except MediaError:
+        raise verdict from None
 
 
-def _upright(frame: av.VideoFrame, timeline: Timeline) -> np.ndarray:
+def _upright(frame: av.VideoFrame, timeline: Timeline, convert: VideoReformatter) -> np.ndarray:
     if frame.is_corrupt:
-        raise _PlanFailed(f"picture at {float(frame.time or 0):.3f} s is damaged")
-    pixels = frame.to_ndarray(format="rgb24")
+        raise _PictureDamaged(f"picture at {float(frame.time or 0):.3f} s is damaged")
+    # Without threads=1 swscale starts one thread per core for every picture, in every worker.
+    pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, timeline.rotation // 90)) if timeline.rotation else pixels
 
 
@@ -291,12 +338,19 @@ def _decode_sequential(source, timeline: Timeline, wanted: list[int]) -> Iterato
 
 def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
     packet_pts, packet_dts = timeline.packet_pts, timeline.packet_dts
-    position_of = {int(pts): position for position, pts in enumerate(packet_pts)}
+    by_time = np.argsort(packet_pts)
+    sorted_pts = packet_pts[by_time]
+
+    def position_of(pts: int) -> int:
+        """Where the packet of this time stands in decode order, or -1."""
+        place = int(np.searchsorted(sorted_pts, pts))
+        return int(by_time[place]) if place < len(sorted_pts) and sorted_pts[place] == pts else -1
+
     keys = np.flatnonzero(timeline.packet_key)
     groups: dict[int, list[int]] = {}
     for index in wanted:
         pts = int(timeline.pts[index])
-        k = int(np.searchsorted(keys, position_of[pts], side="right")) - 1
+        k = int(np.searchsorted(keys, position_of(pts), side="right")) - 1
         # Pictures shown before their key picture but sent after it (open groups) need the group before as well.
         while k > 0 and packet_pts[keys[k]] > pts:
             k -= 1
@@ -307,16 +361,17 @@ def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[t
         packets, at = container.demux(stream), 0
         for start, members in sorted(groups.items()):
             index_of = {int(timeline.pts[index]): index for index in members}
-            needed = {position_of[pts] for pts in index_of}
+            needed = {position_of(pts) for pts in index_of}
             last = max(needed)
             if start < at or start - at > SEEK_AHEAD_PACKETS:
                 dts = packet_dts[start]
-                container.seek(int(packet_pts[start] if dts is None else dts), stream=stream)
+                container.seek(int(packet_pts[start] if dts == NO_TIME else dts), stream=stream)
                 packets, at = container.demux(stream), -1
             for packet in packets:
                 if packet.pts is None:
                     raise _PlanFailed("the file ended early")
-                here = position_of.get(packet.pts, -1)
+                follows = 0 <= at < len(packet_pts) and packet_pts[at] == packet.pts
+                here = at if follows else position_of(packet.pts)
                 if at < 0 and not 0 <= here <= start:
                     raise _PlanFailed("a seek went too far")
                 at = here + 1
@@ -341,8 +396,23 @@ def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[t
                 raise _PlanFailed(f"{len(index_of)} wanted frames did not come out")
 
 
+def backend_problem(backend: str) -> str | None:
+    """Why a decoding backend cannot be used here, or None. Importing is the only way to know: libraries may be missing."""
+    if backend == "pyav":
+        return None
+    try:
+        importlib.import_module({"torchcodec": "torchcodec.decoders"}.get(backend, backend))
+    except ImportError:
+        return f"{backend} is not installed"
+    except (OSError, RuntimeError) as error:
+        return f"{backend} does not load ({_words(error)})"
+    return None
+
+
 def _decode_decord(source, name, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
     """decord, one thread (more fail on VP9). Never MPEG-TS: it burns minutes there and returns nothing."""
+    if problem := backend_problem("decord"):
+        raise MediaError(name, problem, "use --decoder pyav")
     import decord
 
     if "mpegts" in timeline.container:
@@ -354,33 +424,40 @@ def _decode_decord(source, name, timeline: Timeline, wanted: list[int]) -> Itera
         for index in wanted:
             yield index, reader[index].asnumpy()
     except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MediaError(name, f"decord cannot decode it ({reason})", "use --decoder pyav") from None
+        reason = f"decord cannot decode it ({_words(error)})"
+        raise MediaError(name, reason, "use --decoder pyav") from None
 
 
 def _decode_torchcodec(source, name, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """torchcodec in its exact mode. Never MPEG-TS: it silently returns wrong frames there."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except ImportError:
-        raise MediaError(name, "torchcodec is not installed", "use --decoder pyav") from None
+    """torchcodec in its exact mode, every frame's time compared with the packet table.
+
+    Never MPEG-TS: it returns other frames than asked for there, without a word.
+    """
+    if problem := backend_problem("torchcodec"):
+        raise MediaError(name, problem, "use --decoder pyav")
+    from torchcodec.decoders import VideoDecoder
+
     if "mpegts" in timeline.container:
         raise MediaError(name, "torchcodec returns wrong frames for MPEG-TS", "use --decoder pyav")
+    tick_s = float(timeline.time_base)
     try:
         reader = VideoDecoder(source, num_ffmpeg_threads=1, seek_mode="exact")
         if len(reader) != len(timeline.pts):
             raise MediaError(name, f"torchcodec sees {len(reader)} frames of {len(timeline.pts)}", "use --decoder pyav")
         for index in wanted:
-            yield index, reader[index].permute(1, 2, 0).contiguous().numpy()
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise MediaError(name, f"torchcodec cannot decode it ({reason})", "use --decoder pyav") from None
+            frame = reader.get_frame_at(index)
+            time_s = int(timeline.pts[index]) * tick_s
+            if abs(frame.pts_seconds - time_s) > 0.5 * tick_s + 1e-6:
+                reason = f"torchcodec gives the frame at {frame.pts_seconds:.3f} s for the one at {time_s:.3f} s"
+                raise MediaError(name, reason, "use --decoder pyav")
+            yield index, frame.data.permute(1, 2, 0).contiguous().numpy()
+    except (RuntimeError, IndexError) as error:
+        reason = f"torchcodec cannot decode it ({_words(error)})"
+        raise MediaError(name, reason, "use --decoder pyav") from None
 
 
 def _words(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
+    text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -1,7 +1,7 @@
 """Decoding processes that can be killed: one per core, a time limit per video, a dead one replaced.
 
 A decoder is C code that may loop or crash on a damaged file, and no signal handler or thread reaches into it; a process
-of its own does. Workers import the decoder and torch's resize, nothing of vLLM.
+of its own does. Workers import the decoder and, if a video must be resized, torch; nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from data.decode import MediaError
-from data.frame_cache import DamagedCacheFile, FrameCache, read_entry
+from data.frame_cache import FrameCache
+from data.frame_file import DamagedCacheFile, read_entry, temporary_name
 from data.records import Media
 from data.video import VideoSettings, image_pixels
 
@@ -27,9 +29,9 @@ from data.video import VideoSettings, image_pixels
 def work(connection: Connection, cache_dir: str, options: dict[str, Any], settings: VideoSettings) -> None:
     """One process: takes a Media, answers {"bytes", "frames"}, {"reason", "remedy"} or {"fatal"}, until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # one process per core is enough; for a torch that is yet to be imported
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     cache = FrameCache(cache_dir, "prefer", **options)
     while True:
         try:
@@ -63,9 +65,8 @@ class Worker:
 
 
 def start_worker(arguments: tuple) -> Worker:
-    # A server that has torch loaded and forks on request: a new worker starts at once and shares torch's pages.
+    # A server that has everything loaded and forks on request: a new worker starts at once and shares the pages.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "av", "xxhash"])
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
     process.start()
@@ -82,6 +83,11 @@ def run_jobs(
     same content and setting never run at the same time: the second finds the first one's file.
     """
     todo, team, busy_keys = deque(jobs), [], set()
+    # The program itself comes first: it makes `data` importable in the server. torch takes longer than a thousand small
+    # images, which do not need it. (Only the first call of a process has a say: the server stays.)
+    decodes = any(media.kind == "video" and not _is_cached(cache, media, settings) for media in jobs)
+    preload = ["__main__", "data.decode_pool", *(["torch"] if decodes else [])]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     try:
         while todo or any(worker.media is not None for worker in team):
             for _ in range(len(todo)):
@@ -128,7 +134,7 @@ def run_jobs(
                 elif time.monotonic() >= worker.deadline:
                     worker.process.kill()
                     worker.process.join()
-                    _remove_temporaries(cache, worker.process.pid)
+                    _remove_temporary(worker, cache, settings)
                     answer = {"reason": f"took over {timeout_s:g} s", "remedy": "raise --timeout_s or re-encode it"}
                     team.remove(worker)
                 if answer is not None:
@@ -139,9 +145,18 @@ def run_jobs(
         for worker in team:
             worker.process.kill()
             worker.process.join()
-            _remove_temporaries(cache, worker.process.pid)
+            _remove_temporary(worker, cache, settings)
 
 
-def _remove_temporaries(cache: FrameCache, pid: int) -> None:
-    for path in Path(cache.cache_dir).glob(f"??/*/*.frames.tmp-*-{pid}"):
-        path.unlink(missing_ok=True)
+def _is_cached(cache: FrameCache, media: Media, settings: VideoSettings) -> bool:
+    try:
+        return os.path.exists(cache.path(media, settings))
+    except MediaError:
+        return True  # nothing to decode
+
+
+def _remove_temporary(worker: Worker, cache: FrameCache, settings: VideoSettings) -> None:
+    if worker.media is not None and worker.media.kind == "video":
+        with contextlib.suppress(MediaError):
+            path = cache.path(worker.media, settings)
+            Path(temporary_name(path, worker.process.pid)).unlink(missing_ok=True)

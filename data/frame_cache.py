@@ -25,7 +25,15 @@ import numpy as np
 import xxhash
 
 from data.decode import MediaError, Timeline, check_file, decoder_version
-from data.frame_file import JPEG_QUALITY, VERSION, DamagedCacheFile, Entry, read_entry, read_pixels, write_entry
+from data.frame_file import (
+    JPEG_QUALITY,
+    VERSION,
+    DamagedCacheFile,
+    Entry,
+    read_entry,
+    read_pixels,
+    write_entry,
+)
 from data.records import Media, Sample
 from data.video import (
     LIST_FPS,
@@ -99,7 +107,9 @@ def _end(media: Media) -> str:
     return "end" if media.end_s is None else f"{media.end_s:g}"
 
 
-def _header_of_source(media: Media, settings: VideoSettings, plan: VideoPlan, timeline: Timeline | None, full: bool):
+def _header_of_source(
+    media: Media, identity: str, full: bool, settings: VideoSettings, plan: VideoPlan, timeline: Timeline | None
+) -> dict[str, Any]:
     table = None
     if timeline is not None and not timeline.constant_rate:
         deltas = np.diff(timeline.pts, prepend=timeline.pts[0]).astype("<i8").tobytes()
@@ -107,7 +117,7 @@ def _header_of_source(media: Media, settings: VideoSettings, plan: VideoPlan, ti
         packed = base64.b64encode(zlib.compress(deltas)).decode()
         table = {"time_base": [base.numerator, base.denominator], "pts_deltas": packed}
     source: dict[str, Any] = {
-        "id": source_identity(media, full),
+        "id": identity,
         "identity": "full" if full else "fast",
         "name": media_name(media),
         "height": plan.source_height,
@@ -269,8 +279,11 @@ class FrameCache:
 
         A disk that cannot be written raises OSError, or with `best_effort` only ends the writing, with one warning.
         """
+        identity = self.identity(media)
         frames, plan, timeline = read_video_and_timeline(media, settings)
-        header = _header_of_source(media, settings, plan, timeline, self.full)
+        if self.identity(media) != identity:  # frames of the old content must not be filed under the new one
+            raise MediaError(media_name(media), "changed while it was decoded", "run again when it is complete")
+        header = _header_of_source(media, identity, self.full, settings, plan, timeline)
         try:
             size = write_entry(self.path(media, settings), frames, header, self.storage)
         except OSError as error:

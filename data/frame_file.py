@@ -131,9 +131,8 @@ def write_entry(path: str, frames: Frames, header: dict[str, Any], storage: str 
     }
     text = json.dumps(header, ensure_ascii=False).encode()
     offset = -(-(FIXED.size + len(text)) // PAGE) * PAGE
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.tmp-{socket.gethostname()}-{os.getpid()}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = temporary_name(path, os.getpid())
     try:
         with open(temporary, "wb") as file:
             file.write(FIXED.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text)))
@@ -148,12 +147,12 @@ def write_entry(path: str, frames: Frames, header: dict[str, Any], storage: str 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return size
+    return size  # the folder is not synced: a rename lost with the power only leaves the temporary, and work to repeat
+
+
+def temporary_name(path: str, pid: int) -> str:
+    """What a file is called while process `pid` of this host writes it."""
+    return f"{path}.tmp-{socket.gethostname()}-{pid}"
 
 
 def _jpeg(picture: np.ndarray) -> bytes:
