@@ -61,13 +61,10 @@ def test_kahan_follows_fp32_where_plain_bf16_stands_still(seen, exact):
         assert off.max() <= 0.5 + STEPS * 2.0**-10 and (off <= 0.51).float().mean() > 0.999
     big = start().abs() > 0.5  # half a unit is above one update there
     plain, kahan = seen["plain"][0], seen["kahan"][0]
-    should = (
-        (exact.to(torch.bfloat16).float() != start())[big].float().mean().item()
-    )  # 0.34: moved by half a unit or more
-    assert (kahan != start())[big].float().mean().item() == pytest.approx(should, rel=0.02)
-    assert (plain != start())[big].float().mean() < 0.3 * should
-    assert (plain - exact)[big].abs().mean() > 0.5 * moved
-    assert abs((kahan - exact)[big].mean()) < 0.05 * moved
+    rounded = exact.to(torch.bfloat16).float()
+    assert (rounded != start())[big].float().mean() > 0.3  # moved by half a unit or more
+    assert (kahan == rounded)[big].float().mean() > 0.99
+    assert (plain == start())[big].float().mean() > 0.99 and (plain - exact)[big].abs().mean() > 0.5 * moved
     assert seen["kahan/moments"] == seen["stochastic/moments"] == ["torch.float32"]
 
 
@@ -78,7 +75,7 @@ def test_stochastic_rounding_is_right_on_average(seen, exact):
     assert abs(error.mean()) < 5 * spread and spread < 0.05 * abs(moved)
 
 
-def test_noise_differs_between_sub_groups_ranks_and_updates(seen):
+def test_noise_differs_between_sub_groups_and_ranks(seen):
     """Equal weights and gradients everywhere: only the noise can tell the two tensors, and the two halves, apart."""
     first, second = seen["stochastic"]
     assert 0.2 < (first != second).float().mean() < 0.9

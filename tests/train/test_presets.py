@@ -49,16 +49,32 @@ def test_every_preset_parses_passes_the_checks_and_is_explained(name):
     assert "(explicit" not in text
 
 
-def test_the_papers_numbers():
-    dapo, gspo = parse("--algorithm", "dapo", "--max_response_tokens", "20480"), parse("--algorithm", "gspo")
-    assert (dapo.clip_low, dapo.clip_high, dapo.overlong_buffer, dapo.dynamic_sampling) == (0.2, 0.28, 4096, True)
-    assert (dapo.loss_reduction, dapo.kl_in, dapo.filter_by) == ("token_mean", "none", "accuracy")
-    assert (gspo.clip_low, gspo.clip_high, gspo.loss_reduction) == (3e-4, 4e-4, "sequence_mean")
-    luffy = parse("--algorithm", "luffy")
-    assert (luffy.luffy_gamma, luffy.demonstrations, luffy.advantage) == (0.1, "always", "dr_grpo")
-    grpo = parse()
-    assert (grpo.algorithm, grpo.kl_coef, grpo.kl_estimator, grpo.kl_in) == ("grpo", 0.04, "k3", "loss")
-    assert parse("--algorithm", "cispo").clip_low == 1.0
+# Read off the papers and the authors' configurations again, beside the table: (preset, flags).
+NUMBERS = [
+    ("grpo", {"clip_low": 0.2, "clip_high": 0.2, "kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.04}),
+    ("dr_grpo", {"clip_low": 0.2, "clip_high": 0.2, "loss_reduction": "fixed_length", "kl_in": "none"}),
+    ("dapo", {"clip_low": 0.2, "clip_high": 0.28, "overlong_buffer": 4096, "overlong_penalty": 1.0, "kl_in": "none"}),
+    ("dapo", {"dynamic_sampling": True, "filter_by": "accuracy", "loss_reduction": "token_mean", "weight_decay": 0.1}),
+    ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4, "loss_reduction": "sequence_mean", "kl_in": "none"}),
+    ("cispo", {"clip_low": 1.0, "clip_high": 4.0, "loss_reduction": "token_mean", "kl_in": "none"}),
+    ("sapo", {"sapo_tau_positive": 1.0, "sapo_tau_negative": 1.05, "kl_in": "none"}),
+    ("rloo", {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.03, "policy_loss": "reinforce"}),
+    ("remax", {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 1e-3, "policy_loss": "reinforce"}),
+    ("reinforce_pp", {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 1e-3, "gamma": 1.0, "clip_high": 0.2}),
+    ("gdpo", {"gdpo_rewards": ["accuracy=1", "format=1"], "kl_in": "none"}),
+    ("ema_grpo", {"ema_decay": 0.99, "ema_guard": 5.0, "clip_low": 0.2, "clip_high": 0.3, "clip_dual": 3.0}),
+    ("ema_grpo", {"dynamic_sampling": True, "kl_in": "none", "loss_reduction": "token_mean"}),
+    ("luffy", {"luffy_gamma": 0.1, "demonstrations": "always", "advantage": "dr_grpo", "entropy_coef": 0.01}),
+    ("ppo", {"gamma": 1.0, "lam": 1.0, "critic_clip": 0.2, "critic_learning_rate": 5e-6, "clip_high": 0.2}),
+    ("opo", {"kl_in": "none", "entropy_coef": 0.0, "policy_loss": "reinforce"}),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), NUMBERS)
+def test_the_papers_numbers(name, flags):
+    args = parse("--algorithm", name, "--max_response_tokens", "20480")
+    assert {flag: getattr(args, flag) for flag in flags} == flags
+    assert parse().algorithm == "grpo"
 
 
 def test_an_explicit_flag_wins_even_when_it_is_the_flags_own_default():
