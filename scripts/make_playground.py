@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=800, help="clips to train on; held-out: a quarter of it")
     parser.add_argument("--no_warm_start", action="store_true", help="save the randomly initialised model")
     parser.add_argument("--max_warm_start_steps", type=int, default=400, help="stop there if the policy is not ready")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render, threads of torch")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
     args = parser.parse_args()
     if args.clips < 12 * len(KINDS):
         parser.error(f"--clips must be at least {12 * len(KINDS)}, got {args.clips}")
@@ -98,7 +98,7 @@ def main() -> int:
     from scripts.playground_model import make_model, make_processor, save_model, train_tokenizer
     from scripts.playground_warm_start import warm_start
 
-    torch.set_num_threads(args.workers)
+    torch.set_num_threads(1)  # small products gain little from a second thread, and lose much when it has to wait
     tokenizer = train_tokenizer(tokenizer_texts(rows["train"] + rows["captions"]))
     processor = make_processor(tokenizer)
     model = make_model(tokenizer, args.seed)

@@ -132,7 +132,9 @@ def warm_start(folder: Path, model: torch.nn.Module, seed: int, max_steps: int) 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step >= MEASURE_FROM and step % MEASURE_EVERY == 0:
+        if step < MEASURE_FROM and step % MEASURE_EVERY == 0:
+            print(f"[warm start] step {step}: loss {float(loss.detach()):.3f}", flush=True)
+        elif step % MEASURE_EVERY == 0:
             right = share_right(model, held, encoder)
             print(
                 f"[warm start] step {step}: loss {float(loss.detach()):.3f}, {right:.0%} of the slice right", flush=True
