@@ -34,16 +34,17 @@ def this_rank_alone(values: Tensor) -> Tensor:
 class AlgorithmState:
     """What an algorithm remembers between steps; part of every checkpoint.
 
-    `kl_coef` is the KL coefficient now (it moves under --kl_control adaptive); `reward_moments` maps a problem type to
-    the running (mean, mean of squares) of its rewards, used by ema_grpo.
+    `kl_coef` is the KL coefficient now (it moves under --kl_control adaptive: `kl_adapts`); `reward_moments` maps a
+    problem type to the running (mean, mean of squares) of its rewards, used by ema_grpo.
     """
 
     kl_coef: float = 0.0
     reward_moments: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kl_adapts: bool = False
 
     @classmethod
     def start(cls, args) -> AlgorithmState:
-        return cls(kl_coef=args.kl_coef)
+        return cls(kl_coef=args.kl_coef, kl_adapts=args.kl_control == "adaptive")
 
     def update_kl(self, mean_kl: float, sequences: int, args) -> None:
         """Adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593), once per step.
@@ -60,10 +61,13 @@ class AlgorithmState:
         self.kl_coef *= 1.0 + error * sequences / args.kl_horizon
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "reward_moments": {k: list(v) for k, v in self.reward_moments.items()}}
+        moments = {name: list(pair) for name, pair in self.reward_moments.items()}
+        return {"kl_coef": self.kl_coef, "kl_adapts": self.kl_adapts, "reward_moments": moments}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.kl_coef = float(saved["kl_coef"])
+        """The coefficient comes back only where it adapts, before and now: a fixed one is what --kl_coef says."""
+        if self.kl_adapts and saved["kl_adapts"]:
+            self.kl_coef = float(saved["kl_coef"])
         self.reward_moments = {task: (float(m1), float(m2)) for task, (m1, m2) in saved["reward_moments"].items()}
 
 
@@ -77,9 +81,7 @@ def _finite(values: Tensor, name: str, batch: Batch) -> Tensor:
         row = int(bad[0][0])
         size = max(1, len(values) // max(1, len(batch.groups)))
         sample = f" (sample {batch.groups[row // size].prompt.sample.id})" if batch.groups else ""
-        raise ValueError(
-            f"{name} of row {row}{sample} is {values[tuple(bad[0])].item()}; a reward must be a finite number"
-        )
+        raise ValueError(f"{name} of row {row}{sample} is {values[tuple(bad[0])].item()}; it must be a finite number")
     return values.double()
 
 
@@ -91,7 +93,7 @@ def kl_penalty(batch: Batch, args, state: AlgorithmState | None) -> Tensor | Non
         raise ValueError("--kl_in reward needs batch.old_logprobs and batch.ref_logprobs before the advantages")
     coefficient = args.kl_coef if state is None else state.kl_coef
     kl = KL_ESTIMATORS[args.kl_estimator](batch.old_logprobs.double(), batch.ref_logprobs.double())
-    return coefficient * torch.where(batch.response_mask > 0, _finite(kl * batch.response_mask, "KL", batch), 0.0)
+    return coefficient * _finite(torch.where(batch.response_mask > 0, kl, 0.0), "KL", batch)
 
 
 def sequence_rewards(batch: Batch, args, state: AlgorithmState | None = None) -> Tensor:
@@ -241,7 +243,8 @@ def task_scaled(batch: Batch, args, *, all_reduce_sum=this_rank_alone, state=Non
 
     m1 <- d m1 + (1 - d) mean(r), m2 likewise of r^2, over the step's rewards of that type on all ranks (the first step
     sets them), then sigma = max(sqrt(m2 - m1^2), 1e-3). A group that would leave [-guard, guard] is divided by its own
-    (population) std instead, as the authors' code does. `state` (AlgorithmState) is updated: call once per step.
+    (population) std instead, as the authors' code does. (Theirs keeps segmentation of images and of videos apart; here a
+    problem type is one task.) `state` (AlgorithmState) is updated: call once per step.
     """
     if state is None:
         raise ValueError("--advantage ema_grpo needs the AlgorithmState of the run: its running scale lives there")
@@ -329,7 +332,7 @@ def gae(batch: Batch, args, *, all_reduce_sum=this_rank_alone, state=None) -> tu
     if batch.values is None:
         raise ValueError("--advantage gae needs batch.values (B, R) from the critic")
     mask = batch.response_mask
-    values = torch.where(mask > 0, _finite(batch.values * mask, "value", batch), 0.0)
+    values = _finite(torch.where(mask > 0, batch.values, 0.0), "value", batch)
     rewards = token_rewards(batch, args, state)
     raw = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])

@@ -233,6 +233,19 @@ def check_algorithm_flags(args: argparse.Namespace) -> list[str]:
             args.pass_k == 0 or 2 <= args.pass_k <= args.group_size,
             f"--pass_k must be 0 or between 2 and --group_size {args.group_size}, got {args.pass_k}",
         )
+    need(
+        args.pass_k == 0 or advantage == "pass_at_k",
+        f"--pass_k {args.pass_k} has no meaning for --advantage {advantage}",
+    )
+    need(
+        args.advantage_std == "group" or advantage in ("grpo", "pass_at_k"),
+        f"--advantage_std {args.advantage_std} has no meaning for --advantage {advantage}",
+    )
+    need(
+        args.gamma == 1 or advantage in ("reinforce_pp", "gae"),
+        f"--gamma {args.gamma} has no meaning for --advantage {advantage}: it discounts nothing",
+    )
+    need(args.lam == 1 or advantage == "gae", f"--lam {args.lam} has no meaning for --advantage {advantage}")
     if advantage == "gdpo":
         try:
             names = parse_weights(args.gdpo_rewards)

@@ -1,6 +1,7 @@
 """Advantage estimators: hand-computed ragged cases, plain loops written from the papers, ranks, dead groups, NaN."""
 
 import itertools
+import json
 import math
 import statistics
 from types import SimpleNamespace
@@ -340,7 +341,7 @@ def test_a_reward_that_is_no_number_is_named(name, bad):
         fields = {"reward_parts": {"accuracy": torch.tensor(rewards), "format": torch.ones(6)}}
     sample = SimpleNamespace(prompt=SimpleNamespace(sample=SimpleNamespace(id="clip-7")))
     batch = make_batch(rewards, LENGTHS, groups=[sample, sample], **fields)
-    with pytest.raises(ValueError, match=r"row 2 \(sample clip-7\) is (nan|inf); a reward must be a finite number"):
+    with pytest.raises(ValueError, match=r"row 2 \(sample clip-7\) is (nan|inf); it must be a finite number"):
         ADVANTAGES[name](batch, make_args(advantage=name), state=AlgorithmState())
 
 
@@ -370,8 +371,8 @@ def test_adaptive_kl_by_hand_and_through_a_checkpoint():
     assert state.kl_coef == pytest.approx(0.2 * 1.01 * 1.02)
     state.update_kl(0.0, 100, args)  # clipped at -0.2
     assert state.kl_coef == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
-    copy = AlgorithmState()
-    copy.load_state_dict(state.state_dict())
+    copy = AlgorithmState.start(args)
+    copy.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert copy == state
     with pytest.raises(ValueError, match="nan"):
         state.update_kl(math.nan, 100, args)
@@ -379,6 +380,32 @@ def test_adaptive_kl_by_hand_and_through_a_checkpoint():
     state = AlgorithmState.start(fixed)
     state.update_kl(5.0, 100, fixed)
     assert state.kl_coef == 0.2
+
+
+def test_a_fixed_coefficient_is_what_the_flag_says_also_after_a_resume():
+    """0.2 was saved by a fixed run, 0.5 by an adaptive one; a new flag of 0.3 wins over both unless it adapts too."""
+    moments = {"math": (0.5, 0.3)}
+    fixed = AlgorithmState(0.2, moments).state_dict()
+    adaptive = AlgorithmState(0.5, moments, kl_adapts=True).state_dict()
+    for control, saved, expected in (("fixed", fixed, 0.3), ("fixed", adaptive, 0.3), ("adaptive", fixed, 0.3),
+                                     ("adaptive", adaptive, 0.5)):  # fmt: skip
+        state = AlgorithmState.start(make_args(kl_in="loss", kl_coef=0.3, kl_control=control))
+        state.load_state_dict(saved)
+        assert (state.kl_coef, state.reward_moments) == (expected, moments)
+
+
+def test_a_kl_or_value_that_is_no_number_is_named_and_padding_never_counts():
+    fields = {"old_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3)}
+    args = make_args(advantage="rloo", kl_in="reward", kl_coef=0.1, kl_estimator="k1", group_size=2)
+    batch = make_batch([1.0, 0.5], [2, 3], **fields)
+    batch.ref_logprobs[0, 2] = -math.inf  # padding of the first row
+    close(ADVANTAGES["rloo"](batch, args)[0][:, 0].tolist(), [0.5, -0.5])
+    batch.ref_logprobs[1, 1] = math.nan
+    with pytest.raises(ValueError, match="KL of row 1 is nan"):
+        ADVANTAGES["rloo"](batch, args)
+    batch = make_batch([1.0, 0.5], [2, 3], values=torch.tensor([[0.0, 0.0, math.nan], [0.0, math.inf, 0.0]]))
+    with pytest.raises(ValueError, match="value of row 1 is inf"):
+        ADVANTAGES["gae"](batch, make_args(advantage="gae"))
 
 
 def test_reinforce_pp_passes_over_holes_in_the_mask():

@@ -122,6 +122,10 @@ def test_names_agree_with_the_tables():
 BAD = [
     (["--algorithm", "rloo", "--group_size", "1"], "--group_size must be at least 2, got 1"),
     (["--advantage", "pass_at_k", "--pass_k", "9", "--algorithm", "dapo"], "between 2 and --group_size 8, got 9"),
+    (["--algorithm", "dapo", "--pass_k", "4"], "--pass_k 4 has no meaning for --advantage grpo"),
+    (["--algorithm", "opo", "--advantage_std", "batch"], "--advantage_std batch has no meaning for --advantage opo"),
+    (["--algorithm", "dapo", "--gamma", "0.9"], "--gamma 0.9 has no meaning for --advantage grpo"),
+    (["--algorithm", "reinforce_pp", "--lam", "0.9"], "--lam 0.9 has no meaning for --advantage reinforce_pp"),
     (["--algorithm", "gdpo", "--gdpo_rewards", "accuracy=x"], "'accuracy=x' is not NAME or NAME=WEIGHT"),
     (["--algorithm", "gdpo", "--kl_in", "reward", "--kl_coef", "0.1"], "--kl_in reward would be ignored"),
     (["--algorithm", "gdpo", "--overlong_buffer", "100"], "--advantage gdpo ignores --overlong_buffer 100"),
