@@ -212,6 +212,8 @@ def _validation_flags(group) -> None:
     group.add_argument("--validate_only", action="store_true", help="validate the policy and stop")
     group.add_argument("--validate_limit", type=int, default=None, help="first N samples only")
     group.add_argument("--validate_temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--validate_top_p", type=float, default=1.0, help="nucleus of sampled validation")
+    group.add_argument("--validate_top_k", type=int, default=-1, help="likewise; -1: all tokens")
     group.add_argument("--validate_samples", type=int, default=1, help="responses per held-out prompt")
     group.add_argument("--validate_max_response_tokens", type=int, default=None, help="default: as in training")
     for name, kind in (("fps", float), ("max_frames", int), ("video_max_pixels", int), ("total_pixels", int)):
@@ -305,6 +307,10 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         need(getattr(args, flag) >= 0, f"--{flag} must be 0 or more, got {getattr(args, flag)}")
     need(args.temperature > 0, f"--temperature must be above 0 in training, got {args.temperature}")
     need(0 < args.top_p <= 1, f"--top_p must be in (0, 1], got {args.top_p}")
+    need(0 < args.validate_top_p <= 1, f"--validate_top_p must be in (0, 1], got {args.validate_top_p}")
+    for flag in ("top_k", "validate_top_k"):
+        value = getattr(args, flag)
+        need(value == -1 or value >= 1, f"--{flag} must be -1 (off) or at least 1, got {value}")
     need(args.fps > 0, f"--fps must be above 0, got {args.fps}")
     need(
         2 <= args.min_frames <= args.max_frames,

@@ -326,15 +326,16 @@ def main(argv: list[str] | None = None) -> int:
     from train.presets import explain
     from train.trackers import check as check_trackers
 
+    say = print if int(os.environ.get("RANK", "0")) == 0 else lambda text: None
     if args.explain:
-        print(explain(args))
+        say(explain(args))
         return 0
     check_trackers(args.log_to)
     samples = load_samples(args, args.data)
     if args.check_gold:
         samples = without_bad_media(args, build_encoder(args), samples)
     if args.dry_run:
-        print(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        say(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     return train(args, samples)
 

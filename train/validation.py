@@ -23,8 +23,8 @@ def validate(
     """
     sampling = {
         "temperature": args.validate_temperature,
-        "top_p": 1.0,
-        "top_k": -1,
+        "top_p": args.validate_top_p,
+        "top_k": args.validate_top_k,
         "max_tokens": args.validate_max_response_tokens,
     }
     rows, shown = [], []
