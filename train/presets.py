@@ -305,15 +305,22 @@ def explain(args: argparse.Namespace) -> str:
             else ""
         )
     )
+    clips = args.policy_loss not in ("reinforce", "sapo")
     lines.append(
         f"  {updates} update(s): loss {args.policy_loss}, {args.loss_reduction}"
-        + (
-            ""
-            if args.policy_loss in ("reinforce", "sapo")
-            else f", ratio in [{1 - args.clip_low:g}, {1 + args.clip_high:g}]"
-        )
+        + (f", ratio in [{1 - args.clip_low:g}, {1 + args.clip_high:g}]" if clips else "")
         + (f", dual clip {args.clip_dual:g}" if args.clip_dual else "")
     )
+    if updates == 1 and args.policy_loss != "reinforce":
+        lines.append("  (with one update per step the ratio is 1 and nothing is clipped: see --prompts_per_update)")
+    if args.kl_in != "none":
+        moving = f", steered to {args.kl_target:g} per token" if args.kl_control == "adaptive" else ""
+        lines.append(f"  KL to the reference: {args.kl_coef:g} x {args.kl_estimator} in the {args.kl_in}{moving}")
+    if args.advantage == "gae":
+        lines.append(
+            f"  critic: learning rate {args.critic_learning_rate:g}, value clip {args.critic_clip:g}, alone for the first "
+            f"{args.critic_warmup_steps} steps"
+        )
     if args.rollout_correction != "none":
         bounds = f"[{args.correction_min:g}, {args.correction_max:g}]"
         lines.append(f"  rollout correction {args.rollout_correction}, weights in {bounds}")

@@ -86,6 +86,16 @@ def test_an_explicit_flag_wins_even_when_it_is_the_flags_own_default():
     assert "--dynamic_sampling False   (explicit; the preset has True)" in text
 
 
+def test_explain_tells_the_kl_the_critic_and_that_one_update_clips_nothing():
+    text = explain(parse("--algorithm", "grpo"))
+    assert "KL to the reference: 0.04 x k3 in the loss\n" in text
+    assert "the ratio is 1 and nothing is clipped" in text and "ratio in [0.8, 1.2]" in text
+    text = explain(parse("--algorithm", "grpo", "--prompts_per_update", "8", "--kl_control", "adaptive"))
+    assert "in the loss, steered to 0.1 per token" in text and "nothing is clipped" not in text
+    text = explain(parse("--algorithm", "ppo", "--critic_warmup_steps", "3"))
+    assert "critic: learning rate 5e-06, value clip 0.2, alone for the first 3 steps" in text
+
+
 def test_the_default_of_one_preset_does_not_leak_into_the_next():
     parse("--algorithm", "dapo")
     assert parse("--algorithm", "gspo").dynamic_sampling is False
