@@ -159,6 +159,29 @@ def test_gspo_token_equals_gspo_in_value_and_gradient_for_equal_advantages():
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
+def test_gspo_token_with_advantages_of_its_own_for_every_token():
+    """Eq. 13 and 14 as loops: value -min(s A_t, clip(s) A_t); the gradient of an unclipped token is -s A_t, else 0."""
+    rows = random_rows(21)
+    advantages = torch.randn(rows["mask"].shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    new = rows["new"].clone().requires_grad_()
+    per_token, _ = POLICY_LOSSES["gspo_token"](
+        new, rows["old"], advantages, rows["mask"], make_args(clip_low=0.1, clip_high=0.15)
+    )
+    (gradient,) = torch.autograd.grad((per_token * rows["mask"]).sum(), new)
+    clipped = 0
+    for i in range(6):
+        length = int(rows["mask"][i].sum())
+        s = math.exp(sum((rows["new"][i, t] - rows["old"][i, t]).item() for t in range(length)) / length)
+        for t in range(length):
+            a = advantages[i, t].item()
+            inside = min(max(s, 0.9), 1.15)
+            assert per_token[i, t].item() == pytest.approx(-min(s * a, inside * a), rel=1e-12)
+            acts = s * a > inside * a
+            assert gradient[i, t].item() == pytest.approx(0.0 if acts else -s * a, rel=1e-12)
+            clipped += acts
+    assert 0 < clipped < rows["mask"].sum()
+
+
 def test_ratio_of_any_size_stays_finite():
     mask = mask_of([3])
     new = torch.tensor([[-0.1, -0.1, -0.1]], requires_grad=True)
@@ -177,6 +200,8 @@ TRL = [
      {"loss_type": "grpo", "low": 0.2, "high": 0.28}),
     ("ppo_clip", "token_mean", {"clip_low": 0.2, "clip_high": 0.28}, {"loss_type": "dapo", "low": 0.2, "high": 0.28}),
     ("ppo_clip", "token_mean", {"clip_low": 0.1, "clip_high": 0.3}, {"loss_type": "bnpo", "low": 0.1, "high": 0.3}),
+    ("ppo_clip", "token_mean", {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 1.5},
+     {"loss_type": "dapo", "low": 0.2, "high": 0.28, "delta": 1.5}),  # dual clip is TRL's delta
     ("ppo_clip", "fixed_length", {"loss_length": 11}, {"loss_type": "dr_grpo"}),
     ("gspo", "sequence_mean", {"clip_low": 0.03, "clip_high": 0.04},
      {"loss_type": "grpo", "level": "sequence", "low": 0.03, "high": 0.04}),
@@ -259,6 +284,30 @@ def test_luffy_by_hand():
     args = make_args(demonstration_loss="plain")
     plain, _ = demonstration_loss(base, logprobs, advantages, mask, demonstration, args)
     assert torch.equal(plain, base)
+
+
+def test_mixed_policy_objective_against_the_authors_formula_as_loops():
+    """Ragged rows, the last two demonstrations: sum over tokens of -A log pi, or -A pi / (pi + gamma), over B * L."""
+    rows = random_rows(31, rows=5)
+    demonstration = torch.tensor([False, False, False, True, True])
+    args = make_args(policy_loss="reinforce", loss_reduction="fixed_length", loss_length=7, luffy_gamma=0.1)
+    new = rows["new"].clone().requires_grad_()
+    loss, _ = policy_objective(
+        new, None, old_logprobs=None, ref_logprobs=None, advantages=rows["advantages"], mask=rows["mask"],
+        is_demonstration=demonstration, weights=None,
+        denominator=loss_denominator(rows["mask"], "fixed_length", args), kl_coef=0.0, args=args,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, new)
+    total = 0.0
+    for i in range(5):
+        a = rows["advantages"][i, 0].item()
+        for t in range(int(rows["mask"][i].sum())):
+            log_p = rows["new"][i, t].item()
+            p = math.exp(log_p)
+            total += -a * (p / (p + 0.1) if i >= 3 else log_p)
+            slope = -a * (0.1 * p / (p + 0.1) ** 2 if i >= 3 else 1.0)
+            assert gradient[i, t].item() == pytest.approx(slope / (5 * 7), rel=1e-12)
+    assert loss.item() == pytest.approx(total / (5 * 7), rel=1e-12)
 
 
 def test_luffy_rows_ignore_the_sampler_weights():
