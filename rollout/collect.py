@@ -162,7 +162,8 @@ def collect(
     counts["carried_out"] = len(carry.ready)
     counts["stale"] = sum(item.step != step for item in taken)
     baselines = [item.baseline_reward for item in taken] if args.advantage == "remax" else None
-    return Collected([item.group for item in taken], baselines, _metrics(counts, rounds, target))
+    metrics = _metrics(counts, rounds, target, demonstrations=args.demonstrations != "off")
+    return Collected([item.group for item in taken], baselines, metrics)
 
 
 # ---- one round ----------------------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ def _exhausted(all_counts: list[dict[str, int]], args, step: int) -> str:
     )
 
 
-def _metrics(counts: Counter, rounds: int, target: int) -> dict[str, tuple[float, float]]:
+def _metrics(counts: Counter, rounds: int, target: int, *, demonstrations: bool) -> dict[str, tuple[float, float]]:
     groups, made = float(counts["groups"]), float(counts["generated_responses"])
     metrics = {
         "sampling/rounds": (float(rounds), 1.0),
@@ -388,8 +389,9 @@ def _metrics(counts: Counter, rounds: int, target: int) -> dict[str, tuple[float
     }
     for name in ("equal", "all_zero", "all_one", "low_mean", "high_mean"):
         metrics[f"sampling/dropped_{name}"] = (float(counts[f"dropped_{name}"]), groups)
-    if counts["demonstrations_seen"]:
+    if demonstrations:
         shown, seen = float(counts["demonstration_responses"]), float(counts["demonstrations_seen"])
+        metrics["demonstration/seen"] = (seen, groups)  # 0 says that the data carries none
         metrics["demonstration/groups"] = (float(counts["groups_with_demonstration"]), groups)
         metrics["demonstration/reward"] = (float(counts["demonstration_reward"]), shown)
         metrics["demonstration/tokens"] = (float(counts["demonstration_tokens"]), shown)

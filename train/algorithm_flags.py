@@ -384,3 +384,13 @@ def check_algorithm_flags(args: argparse.Namespace) -> list[str]:
         f"--critic_warmup_steps {args.critic_warmup_steps} needs --advantage gae, got {advantage}",
     )
     return problems
+
+
+def check_samples(args: argparse.Namespace, samples: list) -> list[str]:
+    """What the flags ask of the data and the data does not have, as sentences; empty when all is well."""
+    if args.demonstrations != "off" and not any(sample.offline_output for sample in samples):
+        return [
+            f"--demonstrations {args.demonstrations} (--algorithm {args.algorithm}), but none of the {len(samples)} samples "
+            "carries offline_output: nothing would be mixed in; give demonstrations, or --demonstrations off"
+        ]
+    return []

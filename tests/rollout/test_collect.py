@@ -414,14 +414,15 @@ def test_a_demonstration_takes_one_place_and_ends_with_the_turn_end():
     assert last.token_ids[-1] == 99 and tokenizer.decode(last.token_ids[:-1]) == DEMO["s0"]
     assert (last.finish_reason, last.rollout_logprobs, last.reward) == ("stop", [], pytest.approx(1.0))
     assert not any(response.is_demonstration for response in found.groups[1].responses)
-    assert found.metrics["demonstration/groups"] == (1.0, 2.0)
+    assert found.metrics["demonstration/groups"] == found.metrics["demonstration/seen"] == (1.0, 2.0)
     assert found.metrics["demonstration/tokens"] == (5.0, 1.0)
     assert found.metrics["demonstration/reward"] == (pytest.approx(1.0), 1.0)
     assert found.metrics["generated/tokens"] == (15.0, 5.0)  # the demonstration is counted apart
 
 
 def test_off_means_off_and_blank_ones_are_none():
-    assert mix({"s0": "  \n"})[1].calls[0].n == 3
+    found, engine, _ = mix({"s0": "  \n"})
+    assert engine.calls[0].n == 3 and found.metrics["demonstration/seen"] == (0.0, 2.0)
     engine = Engine(mixed)
     collect(Sampler(demonstrations=DEMO), engine, InlineScorer(score), settings(), 0)
     assert engine.calls[0].n == 3

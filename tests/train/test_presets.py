@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.records import Sample
 from train.algorithm_flags import (
     ADVANTAGE_NAMES,
     CORRECTION_NAMES,
@@ -14,6 +15,7 @@ from train.algorithm_flags import (
     POLICY_LOSS_NAMES,
     REDUCTION_NAMES,
     check_algorithm_flags,
+    check_samples,
     parse_weights,
 )
 from train.args import build_parser
@@ -167,6 +169,14 @@ BAD = [
 def test_bad_combinations_are_named(flags, message):
     problems = check_algorithm_flags(parse(*flags))
     assert len(problems) >= 1 and message in "\n".join(problems)
+
+
+def test_demonstrations_asked_for_and_not_there_are_named():
+    bare, shown = Sample("a", "q", "A", "math", "text"), Sample("b", "q", "A", "math", "text", offline_output="A")
+    luffy = parse("--algorithm", "luffy")
+    (problem,) = check_samples(luffy, [bare, bare])
+    assert "--demonstrations always (--algorithm luffy), but none of the 2 samples carries offline_output" in problem
+    assert check_samples(luffy, [bare, shown]) == check_samples(parse(), [bare]) == []
 
 
 def test_weights():
