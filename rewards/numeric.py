@@ -51,6 +51,7 @@ TEN_POWER = re.compile(r"(?:\^|\*\*)\s*\{?\(?\s*([-+]?\d{1,6})\s*\)?\}?")
 POWER_STARS = re.compile(r"[\d)}]\s*\*\*\s*[-+\d({]")
 RAISED = re.compile(r"\s*(?:\^|\*\*)")
 DENOMINATOR = re.compile(r"\s*/\s*(\d[\d.,]*)(?!\s*/\s*\d)")
+MINUS_WORD = re.compile(r"(?:\bminus|\bnegative)\s+[$€£¥₹]?\Z", re.IGNORECASE)
 PERCENT = re.compile(r"\s*(?:%|percent\b|per\s+cent\b|pct\b)", re.IGNORECASE)
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.IGNORECASE)
 SCALE = re.compile(r"\s*(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
@@ -171,7 +172,7 @@ def find_numbers(text: str) -> list[Number] | None:
         scale = SCALE.match(text, at)
         if scale:
             value, at = value * SCALES[scale[1].lower()], scale.end()
-        if "-" in sign:
+        if "-" in sign or (not sign and MINUS_WORD.search(text, max(0, start - 12), start)):
             value = -value
         if abs(value) > 10**308:
             return None

@@ -26,7 +26,7 @@ PLAIN = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 
 def _moment(name: str) -> str:
     return (
-        rf"(?P<{name}>(?<![\d.:])[-+]?(?:{CLOCK}|{PLAIN}(?:\s*(?:{UNIT})(?:\s*(?:and\s+)?{PLAIN}\s*(?:{UNIT}))*)?)"
+        rf"(?P<{name}>(?<![\d.:])[-+]?(?:{CLOCK}|{PLAIN}(?:\s*(?:{UNIT})(?:\s*(?:and\s+)?{PLAIN}\s*(?:{UNIT})){{0,2}})?)"
         r"(?![\d:]|\.\d))"
     )
 
@@ -47,6 +47,7 @@ PROSE = [
     ),
 ]
 PART = re.compile(rf"({PLAIN})\s*({UNIT})", re.IGNORECASE)
+ORDER = re.compile(r"第(?=\d)|(?<!\d )\bseconds?\s(?=\d)", re.IGNORECASE)  # 第10秒, "from second 10"
 OR = re.compile(r"\bor\b|或", re.IGNORECASE)
 
 
@@ -176,7 +177,7 @@ def _aside(value: Any) -> bool:
 
 
 def _prose(text: str) -> Reading:
-    text = " ".join(text[:100_000].replace("−", "-").split())
+    text = ORDER.sub("", " ".join(text[:100_000].replace("−", "-").split()))
     if not re.search(r"\d", text):
         return NO_ANSWER
     found: set[tuple[Span, ...]] = set()

@@ -74,13 +74,14 @@ def test_shared_cases_of_the_types_with_a_child():
 HAND = rows_of(HERE / "hand_cases.jsonl")
 
 
-@pytest.mark.parametrize("kind", sorted({row["problem_type"] for row in HAND}))
+@pytest.mark.parametrize("kind", sorted({str(row["problem_type"]) for row in HAND}))
 def test_hand_computed_cases(kind):
     wrong = []
     for row in HAND:
-        if row["problem_type"] == kind:
-            result = score(kind, row["response"], row["ground_truth"], row["extra"])
-            if abs(result.accuracy - row["want_accuracy"]) > 1e-4 or result.status == "bad_ground_truth":
+        if str(row["problem_type"]) == kind:
+            result = score(row["problem_type"], row["response"], row["ground_truth"], row["extra"])
+            refused = result.status == "bad_ground_truth"
+            if abs(result.accuracy - row["want_accuracy"]) > 1e-4 or refused != row.get("want_gt_error", False):
                 wrong.append((row["id"], row["response"], row["ground_truth"], result))
     assert wrong == []
 
@@ -106,6 +107,22 @@ def test_no_exploit(attack):
 def test_no_exploit_in_children(kind):
     won = []
     for row in ADVERSARIAL:
+        if row["problem_type"] == kind:
+            result = score(kind, response_of(row), row["ground_truth"], row["extra"])
+            if result.accuracy > row["max_accuracy"] or result.status == "bad_ground_truth":
+                won.append((row["id"], result))
+    assert won == []
+
+
+HOSTILE = rows_of(HERE / "hostile.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted({row["problem_type"] for row in HOSTILE}))
+def test_long_and_costly_texts_end_and_earn_nothing(kind):
+    """How long they take is measured by scripts/bench_rewards.py --hostile; what never ends hangs here."""
+    won = []
+    for row in HOSTILE:
         if row["problem_type"] == kind:
             result = score(kind, response_of(row), row["ground_truth"], row["extra"])
             if result.accuracy > row["max_accuracy"] or result.status == "bad_ground_truth":
