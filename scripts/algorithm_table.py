@@ -103,12 +103,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def curve_of(folder: Path, start: float) -> dict[int, float]:
-    """step -> held-out accuracy of a run: the starting policy's, then the validations of the run."""
+    """step -> held-out accuracy of a run: the starting policy's, the run's validations, the trained policy's."""
     file = folder / "validation.jsonl"
     rows = read_lines(file) if file.is_file() else []
-    return {0: start} | {
-        row["step"]: row["validate/accuracy"] for row in rows if row.get("validate/accuracy") is not None
-    }
+    between = {row["step"]: row["validate/accuracy"] for row in rows if row.get("validate/accuracy") is not None}
+    last = max(row["step"] for row in read_lines(folder / "metrics.jsonl"))
+    return {0: start} | between | {last: statistics.mean(score for score, _ in read_scores(folder / "after").values())}
 
 
 def plot(curves: dict[str, dict[int, dict[int, float]]], main: list[str]) -> str:

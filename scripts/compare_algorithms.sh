@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 PLAYGROUND=${PLAYGROUND:-playground/seed0}
 RUNS=${RUNS:-runs/algorithms}
 STEPS=${STEPS:-40}
-EVERY=${EVERY:-$((STEPS > 1 ? STEPS / 2 : 1))}   # steps between points of the plot
+EVERY=${EVERY:-$((STEPS > 2 ? STEPS * 2 / 5 : 1))}   # steps between points of the plot; its first and last are evaluations
 RANKS=${RANKS:-2}
 SEEDS=${SEEDS:-"0 1 2"}
 MAIN=${MAIN:-"grpo dr_grpo dapo gspo cispo"}   # with all seeds; the others with the first one only

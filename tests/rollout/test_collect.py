@@ -69,7 +69,10 @@ class Engine:
         for index in reversed(range(len(prompts))):
             greedy = settings[index]["temperature"] == 0
             values = [self.script(names[index], slot, greedy, salt) for slot in range(numbers[index])]
-            yield index, [Response([1] * self.tokens, [-0.1] * self.tokens, "stop", text=f"{value}") for value in values]
+            yield (
+                index,
+                [Response([1] * self.tokens, [-0.1] * self.tokens, "stop", text=f"{value}") for value in values],
+            )
 
 
 def score(problem_type, text, gold, extra):
@@ -267,8 +270,15 @@ def test_equal_accuracy_is_dropped_although_the_reward_differs_unless_asked_othe
     with pytest.raises(SamplingExhausted, match="0 all 0, 8 all 1"):
         collect(Sampler(), engine, InlineScorer(score), args, 0)
     for name in ("reward", "overlong"):
-        assert len(collect(Sampler(), engine, InlineScorer(score), settings(**{**vars(args), "filter_by": name}), 0).groups) == 2
-    with pytest.raises(ValueError, match="--filter_by 'style': the responses carry accuracy, format, overlong, and 'rew"):
+        assert (
+            len(
+                collect(Sampler(), engine, InlineScorer(score), settings(**{**vars(args), "filter_by": name}), 0).groups
+            )
+            == 2
+        )
+    with pytest.raises(
+        ValueError, match="--filter_by 'style': the responses carry accuracy, format, overlong, and 'rew"
+    ):
         collect(Sampler(), engine, InlineScorer(score), settings(**{**vars(args), "filter_by": "style"}), 0)
 
 
@@ -385,7 +395,9 @@ def test_ranks_of_one_engine_decide_by_the_scores_of_the_first():
     sampler = Sampler(demonstrations={"s0": "so it is right"})
     second = collect(sampler, follower, zero, args, 0, encoder=encoder(), share=lambda scores: told.pop(0))
     assert [vars(call) for call in engine.calls] == [vars(call) for call in follower.calls]
-    assert names(first) == names(second) and [accuracies(g) for g in first.groups] == [accuracies(g) for g in second.groups]
+    assert names(first) == names(second) and [accuracies(g) for g in first.groups] == [
+        accuracies(g) for g in second.groups
+    ]
 
 
 def test_prompts_that_do_not_divide_are_refused():

@@ -57,7 +57,7 @@ def test_a_gain_of_one_clip_alone_is_not_significant(runs):
 
 
 def test_table_plot_and_curves(runs, capsys):
-    assert curve_of(runs / "grpo-seed0", 0.25) == {0: 0.25, 3: 0.5}
+    assert curve_of(runs / "grpo-seed1", 0.25) == {0: 0.25, 3: 0.5, 5: 0.75}
     main(["table", str(runs), "--main", "grpo"])
     table = (runs / "table.md").read_text().splitlines()
     assert table[2].startswith("| grpo | 2 | 5 | 0.250 | 0.875 ± 0.177 | +0.625 | +0.5")
