@@ -25,6 +25,8 @@ from train.flops import Shape, language_layer_parameters, parameters, read_shape
 GIB = 1024**3
 BF16, FP32 = 2, 4
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
+PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
+SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at once
 
 
@@ -57,17 +59,25 @@ def kv_bytes_per_token(shape: Shape) -> int:
 
 
 def state_bytes(shape: Shape, gpus: int, optimizer_on_host: bool, parameters_on_host: bool) -> dict[str, float]:
-    """ZeRO-3 shards per GPU: bf16 weights and gradients, fp32 master weights and two Adam moments; and, gathered
-    whole, two layers (the running one and the one fetched ahead) and the larger embedding."""
+    """ZeRO-3 shards per GPU as DeepSpeed 0.19 holds them: bf16 weights, a buffer of fp32 gradients that is never given
+    back (with the optimiser's states on the host it is there, too), fp32 master weights and two Adam moments; its buffer for
+    reductions; and, gathered whole, two layers (the running one and the one fetched ahead) and the larger embedding.
+    """
     n = parameters(shape)["total"]
     full, linear = language_layer_parameters(shape)
     live = 2 * max(full, linear, vision_layer_parameters(shape)) + shape.vocabulary * shape.hidden
     return {
         "weights (bf16 shard)": 0 if parameters_on_host else n * BF16 / gpus,
-        "gradients (bf16 shard)": n * BF16 / gpus,
+        "gradients (fp32 shard)": 0 if optimizer_on_host else n * FP32 / gpus,
         "optimiser (fp32 master, two moments)": 0 if optimizer_on_host else n * 3 * FP32 / gpus,
         "gathered layers and embedding": live * BF16,
+        "buckets of gathers and reductions": (PREFETCH_BUCKET + REDUCE_BUCKET) * BF16,
     }
+
+
+def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool) -> float:
+    """What the optimiser's step takes beside the states: the fp32 gradients of a sub-group, copied flat."""
+    return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * FP32
 
 
 def activation_bytes(shape: Shape, tokens: int, response_tokens: int, patches: int) -> dict[str, float]:
@@ -90,6 +100,16 @@ def activation_bytes(shape: Shape, tokens: int, response_tokens: int, patches: i
     }
 
 
+STATES = {
+    "weights (bf16 shard)",
+    "gradients (fp32 shard)",
+    "optimiser (fp32 master, two moments)",
+    "gathered layers and embedding",
+    "buckets of gathers and reductions",
+}
+STEP = "gradients copied in the optimiser's step"
+
+
 @dataclass(frozen=True)
 class Plan:
     prompt_tokens: int
@@ -103,9 +123,10 @@ class Plan:
     def peak_bytes(self) -> float:
         # the vision tower and a language layer are never inside at the same time
         either = {"one language layer", "logits chunk", "one vision layer"}
-        kept = sum(value for name, value in self.update.items() if name not in either)
-        update = kept + max(self.update[name] for name in either)
-        return max(update, sum(self.rollout.values()))
+        forward = self.update.keys() - STATES - {STEP}
+        states = sum(value for name, value in self.update.items() if name in STATES)
+        activations = sum(self.update[name] for name in forward - either) + max(self.update[name] for name in either)
+        return max(states + activations, states + self.update[STEP], sum(self.rollout.values()))
 
 
 def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
@@ -126,7 +147,10 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     update = rest | activation_bytes(
         shape, tokens, args.groups_per_micro_batch * responses, args.groups_per_micro_batch * patches
     )
-    asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "gradients"))}
+    update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer)
+    asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "buckets of gathers"))}
+    if args.park:
+        asleep = {name: 0 if name.startswith("optimiser") else value for name, value in asleep.items()}
     rows = args.groups_per_rank * args.group_size
     cached = args.groups_per_rank * prompt + min(rows, args.max_num_seqs) * args.max_response_tokens
     n = parameters(shape)["total"]
@@ -204,6 +228,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--groups_per_micro_batch", type=int, default=1, help="groups packed into one forward")
     parser.add_argument("--max_num_seqs", type=int, default=256, help="responses decoded at once per engine")
     parser.add_argument("--offload_optimizer", action="store_true", help="optimiser states in host memory")
+    parser.add_argument("--park", action="store_true", help="optimiser states in host memory while vLLM samples")
     parser.add_argument("--offload_parameters", action="store_true", help="weights in host memory")
     return parser
 

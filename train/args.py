@@ -153,6 +153,12 @@ def _rollout_flags(group) -> None:
     )
     group.add_argument("--max_num_seqs", type=int, default=256, help="responses decoded at once per engine")
     group.add_argument("--max_num_batched_tokens", type=int, default=None, help="vLLM's tokens per scheduler step")
+    group.add_argument(
+        "--max_model_len",
+        type=int,
+        default=None,
+        help="longest prompt with response that vLLM takes (default: --max_prompt_tokens + the longer response limit)",
+    )
     group.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs (always so on CPU)")
     group.add_argument(
         "--sleep_level", type=int, choices=(0, 1, 2), default=2, help="2 drops vLLM's weights while training"
@@ -194,6 +200,12 @@ def _update_flags(group) -> None:
     group.add_argument("--deepspeed_config", default=None, help="JSON file merged over ReelRL's DeepSpeed settings")
     group.add_argument(
         "--offload", choices=("none", "optimizer", "all"), default="none", help="ZeRO-3 states kept on CPU"
+    )
+    group.add_argument(
+        "--hpz_partition_size",
+        type=int,
+        default=1,
+        help="ZeRO++ hpZ: a second copy of the weights, sharded over this many ranks (a node's), that backward gathers from",
     )
     group.add_argument("--park", action="store_true", help="move optimiser states to CPU while vLLM samples")
     group.add_argument(
@@ -279,6 +291,9 @@ def finish_args(args: argparse.Namespace) -> None:
     args.adam_beta1, args.adam_beta2, args.adam_epsilon = *args.adam_betas, args.adam_eps
     if args.validate_max_response_tokens is None:
         args.validate_max_response_tokens = args.max_response_tokens
+    if args.max_model_len is None:
+        longest = max(args.max_response_tokens, args.validate_max_response_tokens)
+        args.max_model_len = args.max_prompt_tokens + longest
 
 
 def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -299,6 +314,7 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         "prompts_per_update",
         "tensor_parallel",
         "max_num_seqs",
+        "hpz_partition_size",
         "reward_workers",
         "validate_samples",
     ):
@@ -335,6 +351,27 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     need(
         world_size % args.tensor_parallel == 0,
         f"--tensor_parallel {args.tensor_parallel} must divide the number of ranks, {world_size}",
+    )
+    longest = max(args.max_response_tokens, args.validate_max_response_tokens)
+    need(
+        args.max_model_len >= args.max_prompt_tokens + longest,
+        f"--max_model_len {args.max_model_len} is below --max_prompt_tokens {args.max_prompt_tokens} + {longest} response "
+        "tokens: a prompt of that length would stop the run",
+    )
+    need(
+        args.max_num_batched_tokens is None or args.max_num_batched_tokens >= args.max_num_seqs,
+        f"--max_num_batched_tokens {args.max_num_batched_tokens} must be at least --max_num_seqs {args.max_num_seqs}: "
+        "every running response takes one token of a step",
+    )
+    hpz, local = args.hpz_partition_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    need(
+        hpz < 1 or (world_size % hpz == 0 and (local % hpz == 0 or hpz % local == 0)),
+        f"--hpz_partition_size {hpz} must divide the number of ranks, {world_size}, and fit the {local} ranks of a node",
+    )
+    need(
+        hpz == 1 or args.offload == "none",
+        f"--hpz_partition_size {hpz} with --offload {args.offload}: others' runs went to a loss of 0 with both "
+        "(modelscope/ms-swift issue 3697); choose one of the two",
     )
     replicas = max(1, world_size // max(1, args.tensor_parallel))
     for flag in ("prompts_per_step", "prompts_per_update"):

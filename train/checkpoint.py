@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from train import distributed
+from train import distributed, resharding
 
 STATE_VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def save(output_dir: str | Path, step: int, state: dict[str, Any], policy, encoder, *, critic=None, model_only=False) -> Path:
+def save(
+    output_dir: str | Path, step: int, state: dict[str, Any], policy, encoder, *, critic=None, model_only=False
+) -> Path:
     """Write checkpoint `step` on all ranks (collective) and return its folder.
 
     state: JSON-serialisable; read back by `load`. Raises RuntimeError before anything is written when the disk is too full.
@@ -80,7 +82,9 @@ def find(output_dir: str | Path, resume: str) -> Path | None:
         return None
     if resume != "auto":
         if not is_complete(Path(resume)):
-            raise FileNotFoundError(f"--resume {resume}: not a complete checkpoint (complete.json missing or sizes differ)")
+            raise FileNotFoundError(
+                f"--resume {resume}: not a complete checkpoint (complete.json missing or sizes differ)"
+            )
         return Path(resume)
     complete = [path for path in list_checkpoints(output_dir) if is_complete(path)]
     return complete[-1] if complete else None
@@ -115,23 +119,33 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(folder: Path, policy, *, critic=None) -> None:
     """Load weights, optimiser and random states on all ranks (collective).
 
-    Raises ValueError when the number of ranks differs from the one that saved: start from the checkpoint's hf/ folder then.
+    Another number of ranks than saved: weights, moments and step are cut anew (train.resharding), bit for bit; the random
+    states are those of this run's start, since a rank of the old run has no one successor.
     """
     saved = read_state(folder)["world_size"]
+    for model, name in ((policy, "zero"), (critic, "critic")):
+        if model is None:
+            continue
+        if saved == distributed.world_size():
+            model.load_checkpoint(str(folder / name), tag="state")
+        else:
+            resharding.load(model.engine, folder / name / "state", saved)
     if saved != distributed.world_size():
-        raise ValueError(
-            f"{folder} was saved by {saved} ranks, this run has {distributed.world_size()}: run on {saved} ranks, or start anew "
-            f"with --model {folder}/hf --resume never (weights kept, optimiser state not)"
-        )
-    policy.load_checkpoint(str(folder / "zero"), tag="state")
-    if critic is not None:
-        critic.load_checkpoint(str(folder / "critic"), tag="state")
+        return
     states = torch.load(folder / f"rank-{distributed.rank()}.pt", weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def dealt(lists: list[list], replica: int, replicas: int) -> list:
+    """What `replica` takes over of lists saved by as many replicas or another number of them: then all joined and dealt
+    one by one. [[1, 2], [3]] for two -> [1, 2] and [3]; for three -> [1], [2], [3]."""
+    if len(lists) == replicas:
+        return lists[replica]
+    return [item for one in lists for item in one][replica::replicas]
 
 
 def export_hf(policy, encoder, folder: Path) -> None:

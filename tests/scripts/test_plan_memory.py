@@ -44,8 +44,14 @@ def test_states_by_hand():
     assert states["optimiser (fp32 master, two moments)"] == n * 12 / 8
     # two language layers of 192,937,984 and the embedding of 151,936 x 4,096, in bf16
     assert states["gathered layers and embedding"] == 2 * (2 * 192_937_984 + 151_936 * 4096)
+    # DeepSpeed's gradient buffer has grad_accum_dtype, fp32; one prefetch and one reduction bucket of 100 M bf16 elements
+    assert states["gradients (fp32 shard)"] == n * 4 / 8
+    assert states["buckets of gathers and reductions"] == 400_000_000
+    assert plan_memory.step_bytes(SHAPE, 16, False) == n / 4  # a sixteenth of the parameters, 4 bytes each
+    assert plan_memory.step_bytes(SHAPE, 2, False) == 4e9  # at most a sub-group of 1e9
     away = plan_memory.state_bytes(SHAPE, 8, optimizer_on_host=True, parameters_on_host=True)
     assert away["weights (bf16 shard)"] == away["optimiser (fp32 master, two moments)"] == 0
+    assert away["gradients (fp32 shard)"] == plan_memory.step_bytes(SHAPE, 8, True) == 0
 
 
 def test_plan_by_hand():
@@ -58,9 +64,21 @@ def test_plan_by_hand():
     assert plan.update["logits chunk"] == 2048 * 151_936 * 10
     # four prompts once, 32 responses of 2,048
     assert plan.rollout["KV cache of the whole step"] == (4 * 16_854 + 32 * 2048) * 147_456
-    assert "gradients (bf16 shard)" not in plan.rollout
-    kept = sum(v for name, v in plan.update.items() if not name.startswith("one ") and name != "logits chunk")
+    assert plan.rollout["gradients (fp32 shard)"] == 8_763_699_200 * 4 / 8  # there while vLLM samples, too
+    insides = ("one language layer", "logits chunk", "one vision layer", "gradients copied in the optimiser's step")
+    kept = sum(value for name, value in plan.update.items() if name not in insides)
     assert plan.peak_bytes == max(kept + plan.update["one language layer"], sum(plan.rollout.values()))
+    parked = plan_memory.make_plan(SHAPE, arguments("--park"), 128)
+    assert sum(plan.rollout.values()) - sum(parked.rollout.values()) == 8_763_699_200 * 12 / 8
+
+
+def test_the_step_can_be_the_peak():
+    """Short prompts on one GPU: the step's 4 GB copy is more than all activations."""
+    few = arguments("--gpus", "1", "--group_size", "2", "--max_response_tokens", "16", "--total_pixels", "1")
+    plan = plan_memory.make_plan(SHAPE, few, 4)
+    states = sum(plan.update[name] for name in plan_memory.STATES)
+    assert plan.update[plan_memory.STEP] == 4e9
+    assert plan.peak_bytes == max(states + 4e9, sum(plan.rollout.values()))
 
 
 def test_what_fits():

@@ -40,7 +40,10 @@ def test_defaults_follow_other_flags(required):
     ("flags", "words"),
     [
         (["--group_size", "0"], ["--group_size", "0"]),
-        (["--prompts_per_step", "32", "--prompts_per_update", "12"], ["--prompts_per_update 12", "--prompts_per_step 32"]),
+        (
+            ["--prompts_per_step", "32", "--prompts_per_update", "12"],
+            ["--prompts_per_update 12", "--prompts_per_step 32"],
+        ),
         (["--min_frames", "10", "--max_frames", "4"], ["--min_frames 10", "--max_frames 4"]),
         (["--accuracy_weight", "0.9", "--format_weight", "0.3"], ["--accuracy_weight 0.9", "--format_weight 0.3"]),
         (["--validate_every", "5"], ["--validate_every", "--validate_data"]),
@@ -50,6 +53,12 @@ def test_defaults_follow_other_flags(required):
         (["--cache", "require"], ["--cache require", "--cache_dir"]),
         (["--cache_dir", "no/such/folder"], ["--cache_dir no/such/folder"]),
         (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
+        (["--hpz_partition_size", "2"], ["--hpz_partition_size 2", "ranks, 1"]),
+        (["--hpz_partition_size", "0"], ["--hpz_partition_size", "0"]),
+        (["--max_model_len", "21000"], ["--max_model_len 21000", "--max_prompt_tokens 20000", "2048"]),
+        (["--max_num_batched_tokens", "100"], ["--max_num_batched_tokens 100", "--max_num_seqs 256"]),
+        (["--validate_top_p", "0"], ["--validate_top_p"]),
+        (["--validate_top_k", "0"], ["--validate_top_k"]),
         (["--freeze_vision_tower", "--freeze_merger", "--freeze_language_model"], ["nothing to train"]),
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--profile_steps", "three"], ["--profile_steps", "three"]),
@@ -70,6 +79,42 @@ def test_prompts_must_divide_over_replicas(required):
     args = parse_args([*required, "--prompts_per_step", "6"])
     assert check_args(args, world_size=3) == []
     assert any("4 data-parallel replicas" in text for text in check_args(args, world_size=4))
+
+
+def test_the_second_copy_of_weights_fits_the_nodes(required, monkeypatch):
+    args = parse_args(required)
+    args.hpz_partition_size = 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    args.prompts_per_step = args.prompts_per_update = 96
+    assert check_args(args, world_size=32) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")  # groups of 8 would lie across nodes of 6
+    assert any("--hpz_partition_size 8" in text for text in check_args(args, world_size=24))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    args.offload = "all"
+    assert any("--offload all" in text for text in check_args(args, world_size=32))
+
+
+def test_vllm_takes_the_longer_of_the_two_response_limits(required):
+    args = parse_args([*required, "--max_prompt_tokens", "1000", "--max_response_tokens", "100"])
+    assert args.max_model_len == 1100
+    longer = ["--max_prompt_tokens", "1000", "--max_response_tokens", "100", "--validate_max_response_tokens", "300"]
+    assert parse_args([*required, *longer]).max_model_len == 1300
+    assert parse_args([*required, *longer, "--max_model_len", "4096"]).max_model_len == 4096
+
+
+def test_limits_of_vllm_reach_the_engine(required, monkeypatch):
+    import torch
+
+    from rollout import engine
+    from train.plan import build_engine
+
+    monkeypatch.setattr(engine, "RolloutEngine", lambda model, **settings: settings)
+    flags = ["--gpu_memory_utilization", "0.7", "--max_num_batched_tokens", "25000", "--max_num_seqs", "64"]
+    flags += ["--kv_cache_gib", "12", "--max_model_len", "30000", "--tensor_parallel", "1", "--sleep_level", "1"]
+    made = build_engine(parse_args([*required, *flags]), None, torch.device("cpu"))
+    wanted = {"gpu_memory_utilization": 0.7, "max_num_batched_tokens": 25000, "max_num_seqs": 64, "kv_cache_gib": 12.0}
+    wanted |= {"max_model_len": 30000, "tensor_parallel": 1, "sleep_level": 1}
+    assert {name: made[name] for name in wanted} == wanted
 
 
 def test_profiled_steps(required):
