@@ -478,7 +478,7 @@ def main() -> None:
         print_table(results)
     sys.stdout.flush()
     if bench.pool is not None:
-        bench.pool.shutdown(wait=False, cancel_futures=True)
+        bench.pool.shutdown(wait=True, cancel_futures=True)  # left alone they outlive us and hold our output open
     os._exit(1 if results["failed"] else 0)  # threads of vLLM and NCCL can hold an ordinary exit for minutes
 
 
