@@ -72,15 +72,23 @@ def load_reward(spec: str, arguments: str | None = None) -> CustomReward:
         raise ValueError(f"--reward must be path.py:function, got {spec!r}")
     if not Path(path).is_file():
         raise ValueError(f"--reward {spec}: no file {path}")
-    given = json.loads(arguments) if arguments else {}
+    try:
+        given = json.loads(arguments) if arguments else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward_args must be a JSON object, got {arguments} ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"--reward_args must be a JSON object, got {arguments}")
     module_spec = importlib.util.spec_from_file_location(f"custom_reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, OSError) as error:
+        raise ValueError(f"--reward {spec}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--reward {spec}: {path} has no function {name}")
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"--reward {spec}: {name} must be a plain function, not async")
     names = list(inspect.signature(function).parameters)
     if tuple(names[:3]) not in (ONE, MANY):
         raise ValueError(

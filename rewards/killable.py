@@ -134,6 +134,8 @@ class Child:
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.process = None
             self.start()
+        elif self.worker and (self.buffer or select.select([self.process.stdout], [], [], 0)[0]):
+            self.worker = None  # it died while it waited: the next one has spoken, or the child ends
         self.wait_ready()
 
     def call(self, payload: Any, limit_s: float) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +23,36 @@ SQUARE = (
 def test_an_endless_expression_is_killed_and_the_next_is_scored():
     assert score_math("(x+y+z+w+v)^{500}", "1", limit_s=0.3) == (0.0, "timeout")
     assert score_math("\\frac{2}{4}", "0.5") == (1.0, "ok")
+
+
+def test_a_kill_costs_the_worker_and_not_the_child_that_has_the_libraries():
+    assert score_math("2x", "x+x") == (1.0, "ok")
+    child = killable.CHILDREN["math"]
+    before = child.process.pid, child.worker
+    assert score_math("(x+y+z+w+v)^{400}", "1", limit_s=0.3) == (0.0, "timeout")
+    assert score_math("2x", "x+x") == (1.0, "ok")
+    assert child.process.pid == before[0]
+    assert child.worker not in before
+
+
+def test_a_waiting_worker_that_dies_costs_no_response():
+    assert score_math("2x", "x+x") == (1.0, "ok")
+    child = killable.CHILDREN["math"]
+    os.kill(child.worker, signal.SIGKILL)
+    assert select.select([child.process.stdout], [], [], 30)[0]  # the next one says that it is there
+    assert score_math("3x", "x+2x") == (1.0, "ok")
+
+
+def test_a_worker_that_dies_at_work_scores_nothing():
+    assert score_math("2x", "x+x") == (1.0, "ok")
+    with ThreadPoolExecutor(1) as threads:
+        busy_s = killable.CHILDREN["math"].busy_s()
+        waiting = threads.submit(score_math, "(x+y+z+w+v)^{400}", "1", 60.0)
+        while killable.CHILDREN["math"].busy_s() < busy_s + 0.2:  # at work
+            assert not waiting.done()
+        os.kill(killable.CHILDREN["math"].worker, signal.SIGKILL)
+        assert waiting.result() == (0.0, "malformed")
+    assert score_math("2x", "x+x") == (1.0, "ok")
 
 
 def test_a_child_killed_from_outside_is_replaced():

@@ -55,6 +55,9 @@ def many(responses, ground_truths, extras):
 
 def wrong(text, gold):
     return 1.0
+
+async def later(response, ground_truth, extra):
+    return 1.0
 """
 
 
@@ -102,12 +105,20 @@ def test_a_batch_reward_sees_the_batch(rewards_file):
         ("{}:wrong", None, "first parameters"),
         ("{}:one", '{"nope": 1}', "do not fit"),
         ("{}:one", "[1]", "JSON object"),
+        ("{}:one", "{bonus: 1}", "JSON object"),
+        ("{}:later", None, "not async"),
         ("{}", None, "path.py:function"),
     ],
 )
 def test_own_rewards_are_checked_at_start(rewards_file, spec, arguments, words):
     with pytest.raises(ValueError, match=words):
         load_reward(spec.format(rewards_file), arguments)
+
+
+def test_a_file_that_cannot_be_imported_names_itself(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_module_here\n")
+    with pytest.raises(ValueError, match=r"broken\.py cannot be imported: ModuleNotFoundError"):
+        load_reward(f"{tmp_path}/broken.py:one")
 
 
 def test_from_args_and_wrong_settings():
