@@ -48,4 +48,4 @@ python scripts/compare_runs.py "$RUN/before" "$RUN/after"
 printf '\n[quickstart] what each part took\n'
 printf '%s\n' "${timings[@]}" | while IFS='|' read -r name took; do printf '  %-64s %s\n' "$name" "$took"; done
 printf '  %-64s %s\n' "all" "$SECONDS s"
-printf '[quickstart] report: %s\n' "$PWD/$RUN/report.html"
+printf '[quickstart] report: %s\n' "$(cd "$RUN" && pwd)/report.html"

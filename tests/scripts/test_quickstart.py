@@ -57,5 +57,5 @@ def test_quickstart_runs_to_the_end_and_a_second_run_makes_nothing_again(tmp_pat
     assert len(page) < 20e6 and "<script src" not in page and "http://" not in page.replace("http://www.w3.org", "")
     before = {path: path.stat().st_mtime_ns for path in (run / "before", run / "metrics.jsonl", run / "final")}
     again = quickstart()
-    assert again.count("already there") == 4  # playground, evaluation, training, evaluation
+    assert again.count(": already there (") == 4  # playground, evaluation, training, evaluation
     assert {path: path.stat().st_mtime_ns for path in before} == before
