@@ -418,8 +418,13 @@ def report(samples: Sequence[Sample], durations_s: Sequence[float] = ()) -> str:
             if isinstance(value := sample.extra.get("duration"), (int, float)) and not isinstance(value, bool)
         ]
     if durations_s:
-        edges = [10, 30, 60, 120, 300, 900, 3600]
-        counts = Counter(bisect.bisect_right(edges, seconds) for seconds in durations_s)
-        names = [f"< {edges[0]} s", *(f"{a}-{b} s" for a, b in itertools.pairwise(edges)), f">= {edges[-1]} s"]
-        lines.append("duration: " + ", ".join(f"{names[place]} {counts[place]}" for place in sorted(counts)))
+        lines.append(duration_histogram(durations_s))
     return "\n".join(lines)
+
+
+def duration_histogram(durations_s: Sequence[float]) -> str:
+    """How many durations (seconds) lie in each of the usual ranges, on one line."""
+    edges = [10, 30, 60, 120, 300, 900, 3600]
+    counts = Counter(bisect.bisect_right(edges, seconds) for seconds in durations_s)
+    names = [f"< {edges[0]} s", *(f"{a}-{b} s" for a, b in itertools.pairwise(edges)), f">= {edges[-1]} s"]
+    return "duration: " + ", ".join(f"{names[place]} {counts[place]}" for place in sorted(counts))

@@ -299,9 +299,10 @@ def read_frames(
                 done.add(index)
                 yield index, pixels
             return
+        except _PictureDamaged as error:
+            damaged, verdict = True, MediaError(name, f"is damaged ({error})", "re-download or re-encode it")
         except _PlanFailed as error:
-            damaged = isinstance(error, _PictureDamaged)
-            verdict = MediaError(name, f"frames are missing or shifted ({error})", "re-encode it")
+            damaged, verdict = False, MediaError(name, f"frames are missing or shifted ({error})", "re-encode it")
         except av.FFmpegError as error:
             damaged = isinstance(error, av.InvalidDataError)
             verdict = MediaError(name, f"is damaged ({_words(error)} while decoding)", "re-download or re-encode it")

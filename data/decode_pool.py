@@ -27,7 +27,7 @@ from data.video import VideoSettings, image_pixels
 
 
 def work(connection: Connection, cache_dir: str, options: dict[str, Any], settings: VideoSettings) -> None:
-    """One process: takes a Media, answers {"bytes", "frames"}, {"reason", "remedy"} or {"fatal"}, until the parent ends."""
+    """One process: takes a Media, answers {"bytes", "frames", "duration_s", "cpu_s"}, {"reason", "remedy"} or {"fatal"}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     os.environ["OMP_NUM_THREADS"] = "1"  # one process per core is enough; for a torch that is yet to be imported
     if torch := sys.modules.get("torch"):
@@ -38,6 +38,7 @@ def work(connection: Connection, cache_dir: str, options: dict[str, Any], settin
             media = connection.recv()
         except EOFError:  # the parent is gone
             return
+        started = time.process_time()
         try:
             if media.kind == "image":
                 image_pixels(media)
@@ -45,6 +46,7 @@ def work(connection: Connection, cache_dir: str, options: dict[str, Any], settin
             else:
                 frames, size = cache.store(media, settings)
                 answer = {"bytes": size, "frames": len(frames.indices), "duration_s": frames.duration_s}
+            answer["cpu_s"] = time.process_time() - started
         except MediaError as error:
             answer = {"reason": error.reason, "remedy": error.remedy}
         except MemoryError:
@@ -97,8 +99,8 @@ def run_jobs(
                 media = todo.popleft()
                 try:
                     key = cache.key(media, settings) if media.kind == "video" else ""
-                    if key and os.path.exists(cache.path(media, settings)) and read_entry(cache.path(media, settings)):
-                        yield media, {"cached": True}
+                    if key and os.path.exists(path := cache.path(media, settings)):
+                        yield media, {"cached": True, "duration_s": read_entry(path).header["duration_s"]}
                         continue
                 except DamagedCacheFile:
                     pass  # decoded again and replaced

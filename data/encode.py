@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.frame_cache import FrameCache
-from data.positions import mrope_positions, patch_times, patchify
+from data.positions import mrope_positions, patch_grid, patch_times, patchify
 from data.prompts import build_messages
 from data.records import Media, Prompt, Sample
 from data.video import ImageSettings, MediaError, VideoSettings, image_size, open_image, read_image
@@ -67,7 +67,8 @@ class Encoder:
     image: dict of min_pixels, max_pixels. `cache`: a data.frame_cache.FrameCache. `chat_template`: path of a Jinja file
     instead of the folder's own. on_long: what a prompt over max_prompt_tokens means: "error" and "skip" both raise
     PromptTooLong (the caller stops or drops the sample), "resample" takes fewer frames of its videos and raises only if
-    that cannot help.
+    that cannot help. build_patches: False leaves Prompt.patches None, for those who only feed vLLM: one copy of the
+    pixels less.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Encoder:
         max_prompt_tokens: int | None = None,
         on_long: str = "error",
         trust_remote_code: bool = False,
+        build_patches: bool = True,
     ):
         from transformers import AutoConfig, AutoProcessor
 
@@ -95,7 +97,7 @@ class Encoder:
         self.processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
         self.tokenizer = self.processor.tokenizer
         self.chat_template = self._read_template(chat_template)
-        self.max_prompt_tokens, self.on_long = max_prompt_tokens, on_long
+        self.max_prompt_tokens, self.on_long, self.build_patches = max_prompt_tokens, on_long, build_patches
         self._read_constants()
         self.cache = cache or FrameCache(None, "off")
         self.video = VideoSettings(**{**(video or {}), "factor": self.factor, "temporal_patch": self.temporal_patch})
@@ -177,10 +179,10 @@ class Encoder:
                     f"gives pixels {pixels.shape}, its metadata {(shape.frames, 3, shape.height, shape.width)}",
                     "the file changed since the cache was made: run data/preprocess.py again",
                 )
-            rows, grid = patchify(pixels, self.patch, self.merge, self.temporal_patch)
             frames.append(pixels)
-            patches.append(rows)
-            grids.append(grid)
+            grids.append(patch_grid(pixels.shape, self.patch, self.merge, self.temporal_patch))
+            if self.build_patches:
+                patches.append(patchify(pixels, self.patch, self.merge, self.temporal_patch)[0])
             keys.append(key)
         grid_thw = np.array(grids, np.int64).reshape(-1, 3)
         return Prompt(

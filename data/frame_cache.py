@@ -50,8 +50,10 @@ from data.video import (
 SAMPLE_BYTES = 65536  # hashed at the head, middle and tail of a source
 MODES = ("prefer", "require", "off")
 STORAGES = ("raw", "jpeg")
+MARKER = "cache.json"  # {"identity", "storage"} that a folder was made with, if not the usual ones
 TEMPORARY = re.compile(r"\.frames\.tmp-(?P<host>.+)-(?P<pid>\d+)$")
 SHOWN_MISSING = 20
+UNMARKED = {"identity": "fast", "storage": "raw"}
 
 
 class CacheMiss(MediaError):
@@ -148,9 +150,9 @@ class FrameCache:
     mode "prefer": from the cache; on a miss decode and, with `write`, keep the result. "require": only from the
     cache; a miss raises CacheMiss. "off": always decode; cache_dir may be None. cache_dir must exist: a mistyped one is
     an error.
-    identity: "fast" or "full" (source_identity). on_damaged: "remake" decodes and writes again, "refuse" raises.
-    storage: what is written; lossy files are read only with storage "jpeg". verify: compare checksums when reading.
-    Raises ValueError for a wrong mode or directory.
+    identity: "fast" or "full" (source_identity); storage: "raw" or "jpeg", what is written and read. None means what
+    the folder was made with (its cache.json, see mark_cache), else "fast" and "raw". on_damaged: "remake" decodes and
+    writes again, "refuse" raises. verify: compare checksums when reading. Raises ValueError for a wrong mode or directory.
     """
 
     def __init__(
@@ -158,14 +160,16 @@ class FrameCache:
         cache_dir: str | None,
         mode: str = "prefer",
         *,
-        identity: str = "fast",
+        identity: str | None = None,
         on_damaged: str = "remake",
-        storage: str = "raw",
+        storage: str | None = None,
         verify: bool = True,
         write: bool = True,
     ):
         if mode not in MODES:
             raise ValueError(f"--cache must be one of {', '.join(MODES)}, got {mode!r}")
+        marked = _read_marker(cache_dir) if mode != "off" and cache_dir is not None else UNMARKED
+        identity, storage = identity or marked["identity"], storage or marked["storage"]
         if storage not in STORAGES or identity not in ("fast", "full") or on_damaged not in ("remake", "refuse"):
             raise ValueError(f"--storage {storage}, --identity {identity} or --on_damaged {on_damaged} is unknown")
         if mode != "off" and cache_dir is None:
@@ -238,13 +242,13 @@ class FrameCache:
         Raises MediaError; CacheMiss in mode "require".
         """
         if self.mode != "off":
-            self._raise_known_failure(media)
             try:
                 found = self.find(media, settings)
             except DamagedCacheFile as error:
                 found = self._damaged(error, media)
             if found is not None:
                 return found[2]
+            self._raise_known_failure(media)
             if self.mode == "require":
                 raise self._miss(media)
         return plan_video(media, settings)
@@ -256,7 +260,6 @@ class FrameCache:
         """
         if self.mode == "off":
             return read_video(media, settings)
-        self._raise_known_failure(media)
         try:
             found = self.find(media, settings)
             if found is not None:
@@ -267,6 +270,7 @@ class FrameCache:
                 )
         except DamagedCacheFile as error:
             self._damaged(error, media)
+        self._raise_known_failure(media)
         if self.mode == "require":
             raise self._miss(media)
         if not self.write:
@@ -305,12 +309,10 @@ class FrameCache:
         for item in media:
             if item.kind != "video":
                 continue
-            failure = self.known_failure(item) if self.mode != "off" else None
             try:
-                if failure is not None:
-                    missing[str(failure)] = None
-                elif self.mode == "off" or self.find(item, settings) is None:
-                    missing[media_name(item)] = None
+                if self.mode == "off" or self.find(item, settings) is None:
+                    failure = self.known_failure(item) if self.mode != "off" else None
+                    missing[media_name(item) if failure is None else str(failure)] = None
             except (DamagedCacheFile, MediaError) as error:
                 missing[str(error)] = None
         if missing and self.mode == "require":
@@ -362,6 +364,33 @@ class FrameCache:
             f"is not in --cache_dir {self.cache_dir} with these settings",
             "run data/preprocess.py with the same settings, or use --cache prefer",
         )
+
+
+def _read_marker(cache_dir: str) -> dict[str, str]:
+    path = Path(cache_dir, MARKER)
+    if not path.exists():
+        return UNMARKED
+    try:
+        return {**UNMARKED, **json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); write {UNMARKED} or what the cache was made with") from None
+
+
+def mark_cache(cache_dir: str, identity: str | None = None, storage: str | None = None) -> tuple[str, str]:
+    """Notes how a folder's files are made, so that all who read it later need no flag; returns (identity, storage).
+
+    None takes what the folder has. Raises ValueError when it has files made otherwise: those would never be found.
+    """
+    marked = _read_marker(cache_dir)
+    asked = {"identity": identity or marked["identity"], "storage": storage or marked["storage"]}
+    if asked != marked:
+        if Path(cache_dir, MARKER).exists() or next(Path(cache_dir).glob("??/*/*.frames"), None) is not None:
+            flags = " ".join(f"--{name} {value}" for name, value in marked.items())
+            raise ValueError(f"--cache_dir {cache_dir} was made with {flags}; use another folder or the same flags")
+        temporary = Path(cache_dir, f"{MARKER}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        os.replace(temporary, Path(cache_dir, MARKER))
+    return asked["identity"], asked["storage"]
 
 
 def failure_key(identity: str, media: Media) -> str:
@@ -419,9 +448,17 @@ def stale_temporaries(cache_dir: str, all_hosts: bool = False) -> list[str]:
         if match is None:
             continue
         if match["host"] == socket.gethostname():
-            alive = os.path.exists(f"/proc/{match['pid']}")
-            if not alive:
+            if not _runs(match["pid"]):
                 stale.append(str(path))
         elif all_hosts:
             stale.append(str(path))
     return stale
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this host is there and more than a zombie: a killed one may wait long for its parent."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"

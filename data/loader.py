@@ -83,7 +83,13 @@ class PromptLoader:
             known = sample.id in self.failed
             self.failed[sample.id] = reason
         if self.failed_file is not None and not known:
-            row = {"file": sample.file, "line": sample.line, "id": sample.id, "path": _first_path(sample), "reason": reason}
+            row = {
+                "file": sample.file,
+                "line": sample.line,
+                "id": sample.id,
+                "path": _first_path(sample),
+                "reason": reason,
+            }
             row["remedy"] = "repair or remove the row; data/preprocess.py finds such rows before training"
             self.failed_file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.failed_file, "a", encoding="utf-8") as out:

@@ -54,6 +54,14 @@ def mrope_positions(
     return out
 
 
+def patch_grid(shape: tuple[int, ...], patch: int, merge: int, temporal_patch: int) -> tuple[int, int, int]:
+    """(t, h, w): the grid of patches of frames (F, 3, H, W). Raises ValueError for sides that no merge window fills."""
+    count, _, height, width = shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(f"frames of {width}x{height} are no multiple of {patch * merge} pixels")
+    return -(-count // temporal_patch), height // patch, width // patch
+
+
 def patchify(frames: np.ndarray, patch: int, merge: int, temporal_patch: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """uint8 (F, 3, H, W) -> ((t*h*w, 3*temporal_patch*patch*patch) uint8, (t, h, w)), in the processors' order.
 
@@ -61,12 +69,10 @@ def patchify(frames: np.ndarray, patch: int, merge: int, temporal_patch: int) ->
     row, column. A number of frames that temporal_patch does not divide is filled up with the last one; an image is one
     frame.
     """
+    t, h, w = patch_grid(frames.shape, patch, merge, temporal_patch)
     if lacking := -len(frames) % temporal_patch:
         frames = np.concatenate([frames, np.repeat(frames[-1:], lacking, axis=0)])
-    count, channels, height, width = frames.shape
-    t, h, w = count // temporal_patch, height // patch, width // patch
-    if h % merge or w % merge or height % patch or width % patch:
-        raise ValueError(f"frames of {width}x{height} are no multiple of {patch * merge} pixels")
+    channels = frames.shape[1]
     split = frames.reshape(t, temporal_patch, channels, h // merge, merge, patch, w // merge, merge, patch)
     ordered = split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return ordered.reshape(t * h * w, channels * temporal_patch * patch * patch), (t, h, w)

@@ -25,21 +25,22 @@ from typing import Any
 
 import xxhash
 
-from data.dataset import describe_problem, load
-from data.decode import MediaError
+from data.dataset import describe_problem, duration_histogram, load
+from data.decode import MediaError, backend_problem
 from data.decode_pool import run_jobs
 from data.frame_cache import (
     DamagedCacheFile,
     FrameCache,
     cache_files,
     failure_key,
+    mark_cache,
     read_entry,
     read_pixels,
     source_identity,
     stale_temporaries,
 )
 from data.records import Media
-from data.rows import BadRow, expand_files, media_of_row, read_rows
+from data.rows import MEDIA_FIELDS, BadRow, expand_files, media_of_row, read_rows
 from data.video import VideoSettings, media_name
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -49,27 +50,29 @@ SHOWN_FAILURES = 10
 # ---------------------------------------------------------------------------------------------------------- what to do
 
 
-def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fields) -> tuple[dict, list, int]:
-    """({Media: rows that name it}, problems of rows, number of rows). A row is {file, line, id}."""
+def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fields) -> tuple[dict, list, Counter]:
+    """({Media: rows that name it}, problems of rows, rows per kind of media they name). A row is {file, line, id}."""
     jobs: dict[Media, list[dict[str, Any]]] = {}
-    problems, count = [], 0
+    problems, modality = [], Counter()
     for file in expand_files(files):
         root = media_dir if media_dir is not None else (os.path.dirname(file) if os.path.exists(file) else None)
         for line, row in read_rows(file):
-            count += 1
             place = {"file": file, "line": line, "id": ""}
             try:
                 if isinstance(row, BadRow):
                     raise row
                 place["id"] = str(next((row[name] for name in ("problem_id", "id") if row.get(name) is not None), ""))
-                for media in media_of_row(row, root, fields)[0]:
+                named = media_of_row(row, root, fields)[0]
+                modality[" and ".join(sorted({media.kind for media in named})) or "text"] += 1
+                for media in named:
                     name = media_name(media) if media.data is None else xxhash.xxh3_64_hexdigest(media.data)
                     if xxhash.xxh3_64_intdigest(name.encode()) % shard[1] == shard[0]:
                         jobs.setdefault(media, []).append(place)
             except BadRow as problem:
+                modality["unreadable"] += 1
                 detail = {"path": problem.path, "reason": problem.reason, "remedy": problem.remedy}
                 problems.append({**place, **detail})
-    return jobs, problems, count
+    return jobs, problems, modality
 
 
 def _size(media: Media) -> int:
@@ -81,20 +84,23 @@ def _size(media: Media) -> int:
 
 def preprocess(args, settings: VideoSettings) -> int:
     """Runs the whole job; returns the exit status."""
+    if problem := backend_problem(settings.backend):
+        raise ValueError(f"--decoder {settings.backend}: {problem}; install it or use --decoder pyav")
     Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
+    identity, storage = mark_cache(args.cache_dir, args.identity, args.storage)
     for path in stale_temporaries(args.cache_dir):
         Path(path).unlink(missing_ok=True)
     fields = None
     if args.field_names:
         renamed = json.loads(args.field_names)
-        fields = {renamed[name]: kind for name, kind in (("videos", "video"), ("images", "image")) if name in renamed}
-    jobs, problems, rows = collect(args.data, args.media_dir, args.shard, fields)
+        fields = {renamed.get(name, name): kind for name, kind in MEDIA_FIELDS.items()}
+    jobs, problems, modality = collect(args.data, args.media_dir, args.shard, fields)
     if args.check_gold:
         problems += _gold_problems(args, problems)
-    options = {"identity": args.identity, "storage": args.storage}
+    options = {"identity": identity, "storage": storage}
     cache = FrameCache(args.cache_dir, "prefer", **options)
     order = sorted(jobs, key=_size, reverse=True)  # long ones first, so that no core is left with one at the end
-    counts, written, seconds = Counter(), 0, 0.0
+    counts, written, durations, usable = Counter(), 0, [], []
     started = time.monotonic()
     interrupted = False
     with Progress(len(order)) as progress:
@@ -110,20 +116,26 @@ def preprocess(args, settings: VideoSettings) -> int:
                 else:
                     counts["cached" if "cached" in answer else media.kind] += 1
                     written += answer.get("bytes", 0)
-                    seconds += answer.get("duration_s", 0.0)
+                    usable.append(media)
+                    if "duration_s" in answer:
+                        durations.append(answer["duration_s"])
                 progress.step(written, counts["failed"])
         except KeyboardInterrupt:
             interrupted = True
         finally:
             running.close()
     failed_file = args.failed_file or _default_failed_file(args)
-    _write_failed(failed_file, problems)
+    _write_failed(failed_file, problems, set(expand_files(args.data)))
+    _forget_failures(args.cache_dir, usable, cache)
     took = time.monotonic() - started
+    kinds = ", ".join(f"{name} {rows}" for name, rows in modality.most_common())
     print(
-        f"{rows} rows, {len(order)} media: {counts['video']} videos decoded ({seconds / 60:.1f} min of video, "
-        f"{written / 1e6:.1f} MB written), {counts['cached']} already there, {counts['image']} images opened, "
+        f"{sum(modality.values())} rows ({kinds}), {len(order)} media: {counts['video']} videos decoded "
+        f"({written / 1e6:.1f} MB written), {counts['cached']} already there, {counts['image']} images opened, "
         f"{counts['failed']} failed, in {took:.1f} s"
     )
+    if durations:
+        print(f"{sum(durations) / 3600:.2f} h of video; {duration_histogram(durations)}")
     for problem in problems[:SHOWN_FAILURES]:
         print(f"  {describe_problem(problem)}")
     if problems:
@@ -172,15 +184,37 @@ def _default_failed_file(args) -> str:
     return os.path.join(args.cache_dir, "failed.jsonl" if count == 1 else f"failed-{index}of{count}.jsonl")
 
 
-def _write_failed(path: str, problems: list[dict[str, Any]]) -> None:
-    """The list of this run replaces the one before; no problems, no file."""
-    if not problems:
+def _write_failed(path: str, problems: list[dict[str, Any]], files: set[str]) -> None:
+    """The problems of this run replace those the list has of the same data files; an empty list is no file."""
+    kept = [record for record in _read_failed(path) if record["file"] not in files]
+    new = [{"schema_version": 1, **problem} for problem in problems]
+    _replace_failed(path, sorted(kept + new, key=lambda record: (record["file"], record["line"])))
+
+
+def _forget_failures(cache_dir: str, usable: list[Media], cache: FrameCache) -> None:
+    """Media that worked this time leave every list of failures, those of other shards and data files included."""
+    lists = {path: records for path in Path(cache_dir).glob("failed*.jsonl") if (records := _read_failed(str(path)))}
+    names = {record["path"] for records in lists.values() for record in records}
+    keys = {failure_key(cache.identity(media), media) for media in usable if media_name(media) in names}
+    for path, records in lists.items():
+        left = [record for record in records if record.get("media_key") not in keys]
+        if len(left) < len(records):
+            _replace_failed(str(path), left)
+
+
+def _read_failed(path: str) -> list[dict[str, Any]]:
+    if not os.path.exists(path):
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def _replace_failed(path: str, records: list[dict[str, Any]]) -> None:
+    if not records:
         Path(path).unlink(missing_ok=True)
         return
     temporary = f"{path}.tmp-{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as out:
-        for problem in sorted(problems, key=lambda problem: (problem["file"], problem["line"])):
-            out.write(json.dumps({"schema_version": 1, **problem}, ensure_ascii=False) + "\n")
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
@@ -239,16 +273,17 @@ def list_cache(cache_dir: str) -> int:
         frames, _, height, width = header["shape"]
         start, end = header["window_s"]
         window = "" if start is None and end is None else f" [{start}, {end}) s"
+        storage = header["storage"] + (" (lossy)" if header["lossy"] else "")
         print(
             f"{os.path.relpath(path, cache_dir)}  {frames}x{width}x{height}  {header['duration_s']:.2f} s{window}  "
-            f"{header['storage']}  {os.path.getsize(path) / 1e6:.1f} MB  {header['source']['name']}"
+            f"{storage}  {os.path.getsize(path) / 1e6:.1f} MB  {header['source']['name']}"
         )
     return 0
 
 
 def stats(cache_dir: str) -> int:
-    count, size, frames, duration, settings = 0, 0, 0, 0.0, Counter()
-    sources, damaged = set(), 0
+    count, size, frames, settings = 0, 0, 0, Counter()
+    sources, damaged = {}, 0
     for path in cache_files(cache_dir):
         try:
             header = read_entry(path).header
@@ -256,11 +291,15 @@ def stats(cache_dir: str) -> int:
             damaged += 1
             continue
         count, size = count + 1, size + os.path.getsize(path)
-        frames, duration = frames + header["shape"][0], duration + header["duration_s"]
-        sources.add(header["source"]["id"])
+        frames += header["shape"][0]
+        sources[header["source"]["id"]] = header["duration_s"]
         kept = header["settings"]
-        settings[", ".join(f"{name} {kept[name]}" for name in ("fps", "max_frames", "max_pixels", "resize"))] += 1
-    print(f"{count} files of {len(sources)} videos, {size / 1e9:.2f} GB, {frames} frames, {duration / 3600:.2f} h")
+        words = ", ".join(f"{name} {kept[name]}" for name in ("fps", "max_frames", "max_pixels", "resize"))
+        settings[words + (f", {header['storage']} (lossy)" if header["lossy"] else "")] += 1
+    hours = sum(sources.values()) / 3600
+    print(f"{count} files of {len(sources)} videos, {size / 1e9:.2f} GB, {frames} frames, {hours:.2f} h of video")
+    if sources:
+        print(f"  {duration_histogram(list(sources.values()))}")
     for name, files in settings.most_common():
         print(f"  {files} files: {name}")
     print(f"{damaged} damaged, {len(stale_temporaries(cache_dir))} left-over temporaries")
@@ -345,8 +384,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resize", default="exact", choices=("exact", "native"), help="bit-identical to the recipe, or faster uint8")
     add("--sampling", default="even", choices=("even", "grid"), help="evenly first to last, or every 1/fps second")
     add("--decoder", default="pyav", choices=("pyav", "decord", "torchcodec"), help="video reader")
-    add("--storage", default="raw", choices=("raw", "jpeg"), help="raw frames, or JPEG q95 4:4:4 (lossy, a quarter)")
-    add("--identity", default="fast", choices=("fast", "full"), help="how a changed source is noticed")
+    add("--storage", choices=("raw", "jpeg"), help="raw frames (default), or JPEG q95 4:4:4: lossy, a quarter")
+    add(
+        "--identity", choices=("fast", "full"),
+        help="a changed source is noticed by size, mtime and 192 KiB (default), or by its whole content",
+    )  # fmt: skip
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
     add("--timeout_s", type=float, default=600.0, help="time limit for one video")
     add("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="only this part of the media")

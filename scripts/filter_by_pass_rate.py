@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """"1/4" -> (1, 4). Raises ValueError."""
+    """ "1/4" -> (1, 4). Raises ValueError."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"--shard must be i/n with 0 <= i < n, got {text!r}")
@@ -76,7 +76,7 @@ def key_of(sample: Sample) -> str:
 
 
 def read_rates(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """"file:line" -> row of every rates*.jsonl. A last line cut off by a kill is dropped, from the file too.
+    """ "file:line" -> row of every rates*.jsonl. A last line cut off by a kill is dropped, from the file too.
 
     Raises ValueError when a file was made with other settings.
     """
@@ -106,14 +106,25 @@ def prepare_rates(path: Path, settings: dict[str, Any]) -> None:
 
 def pass_rates(samples: list[Sample], encoder, engine, scorer, args) -> Iterator[dict[str, Any]]:
     """A rates.jsonl row per sample."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": -1, "max_tokens": args.max_response_tokens}
+    sampling = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": -1,
+        "max_tokens": args.max_response_tokens,
+    }
     for start in range(0, len(samples), CHUNK):
         prompts = []
         for sample in samples[start : start + CHUNK]:
             try:
                 prompts.append(encoder.encode(sample))
             except (ValueError, OSError) as error:
-                yield {"file": sample.file, "line": sample.line, "id": sample.id, "pass_rate": None, "reason": str(error)}
+                yield {
+                    "file": sample.file,
+                    "line": sample.line,
+                    "id": sample.id,
+                    "pass_rate": None,
+                    "reason": str(error),
+                }
         pending = []
         for index, responses in engine.generate(prompts, n=args.samples, sampling=sampling, step=0, salt="pass rate"):
             sample = prompts[index].sample
@@ -176,16 +187,28 @@ def run(args, samples: list[Sample], todo: list[Sample], rates_file: Path, setti
     from rollout.engine import RolloutEngine
 
     names = ("min_pixels", "max_pixels")
-    video = {"fps": args.fps, "min_frames": args.min_frames, "max_frames": args.max_frames, "total_pixels": args.total_pixels}
+    video = {
+        "fps": args.fps,
+        "min_frames": args.min_frames,
+        "max_frames": args.max_frames,
+        "total_pixels": args.total_pixels,
+    }
     encoder = Encoder(
         args.model,
-        video={**video, **{name: getattr(args, f"video_{name}") for name in names}},
+        video={
+            **video,
+            **{name: getattr(args, f"video_{name}") for name in names},
+            "resize": args.resize,
+            "sampling": args.sampling,
+            "backend": args.decoder,
+        },
         image={name: getattr(args, f"image_{name}") for name in names},
         cache=FrameCache(args.cache_dir, args.cache if args.cache_dir else "off"),
         style=args.style,
         prompt_template=args.prompt_template,
         max_prompt_tokens=args.max_prompt_tokens,
         trust_remote_code=args.trust_remote_code,
+        build_patches=False,
     )
     engine = RolloutEngine(
         args.model,
@@ -220,9 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         shard, shards = read_shard(args.shard)
         if not (args.samples >= 2 and 0 <= args.low < args.high <= 1):
-            raise ValueError(
-                f"need --samples {args.samples} >= 2 and 0 <= --low {args.low} < --high {args.high} <= 1"
-            )
+            raise ValueError(f"need --samples {args.samples} >= 2 and 0 <= --low {args.low} < --high {args.high} <= 1")
         samples = load(
             args.data,
             media_dir=args.media_dir,
@@ -251,7 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     count = write_kept(folder / "kept.jsonl", samples, rates, args.low, args.high)
     print(f"kept {count} of {len(samples)} rows with {args.low} < pass rate < {args.high}: {folder / 'kept.jsonl'}")
     if args.media_dir is None and any(Path(file).resolve().parent != folder.resolve() for file in args.data):
-        print(f"relative media paths in it start from the data file's folder: train with --media_dir {Path(args.data[0]).parent}")
+        print(
+            f"relative media paths in it start from the data file's folder: train with --media_dir {Path(args.data[0]).parent}"
+        )
     return 0
 
 

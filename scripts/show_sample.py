@@ -97,6 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--video_min_pixels", type=int, default=4096, help="smallest area of one video frame, pixels")
     add("--video_max_pixels", type=int, default=262144, help="largest area of one video frame, pixels")
     add("--total_pixels", type=int, default=None, help="budget of all frames of one video together, pixels")
+    add("--resize", default="exact", choices=("exact", "native"), help="bit-identical to the recipe, or faster uint8")
+    add("--sampling", default="even", choices=("even", "grid"), help="evenly first to last, or every 1/fps second")
+    add("--decoder", default="pyav", choices=("pyav", "decord", "torchcodec"), help="video reader")
     add("--image_min_pixels", type=int, default=4096, help="smallest area of an image, pixels")
     add("--image_max_pixels", type=int, default=1048576, help="largest area of an image, pixels")
     add("--cache_dir", default=None, help="frame cache to read from")
@@ -113,15 +116,14 @@ def main(argv: list[str] | None = None) -> int:
         budget = {
             "fps": args.fps, "min_frames": args.min_frames, "max_frames": args.max_frames,
             "min_pixels": args.video_min_pixels, "max_pixels": args.video_max_pixels, "total_pixels": args.total_pixels,
+            "resize": args.resize, "sampling": args.sampling, "backend": args.decoder,
         }  # fmt: skip
         image = {"min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
         cache = FrameCache(args.cache_dir, "prefer" if args.cache_dir else "off", write=False)
         if args.model:
             from data.encode import Encoder
 
-            encoder = Encoder(
-                args.model, budget, image, cache, style=args.style, prompt_template=args.prompt_template
-            )
+            encoder = Encoder(args.model, budget, image, cache, style=args.style, prompt_template=args.prompt_template)
             prompt = encoder.encode(sample)
             video_settings, image_settings, text = encoder.video, encoder.image, prompt.text
             visual = int((prompt.mm_type_ids > 0).sum())
@@ -134,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     except (BadDataset, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    facts = f"{sample.file}:{sample.line}  id {sample.id}  {sample.problem_type}  {sample.data_type}  gold: {sample.answer}"
+    facts = (
+        f"{sample.file}:{sample.line}  id {sample.id}  {sample.problem_type}  {sample.data_type}  gold: {sample.answer}"
+    )
     cells = sum(len(cells) for _, cells in sections)
     sheet = contact_sheet(sections, f"{facts}\n{tokens}\n\n{text}")
     sheet.save(args.out)

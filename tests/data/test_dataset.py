@@ -1,12 +1,15 @@
 """Rows to samples, what is refused and how it is named, and the order of training."""
 
 import base64
+import io
 import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from data.dataset import BadDataset, SampleOrder, file_weights, load, report
@@ -145,7 +148,9 @@ def test_gold_checker_and_long_lists(folder):
 def test_media_dir_field_names_and_foreign_caches(folder, tmp_path):
     other = tmp_path / "elsewhere"
     other.mkdir()
-    file = write(other / "d.jsonl", [{"q": "x", "gold": "1", "problem_type": "math", "clip": "a.mp4", "preprocessed_video": "z"}])
+    file = write(
+        other / "d.jsonl", [{"q": "x", "gold": "1", "problem_type": "math", "clip": "a.mp4", "preprocessed_video": "z"}]
+    )
     with pytest.warns(UserWarning, match="1 rows name a preprocessed_video"):
         (sample,) = load(
             [file], media_dir=str(folder), field_names={"problem": "q", "answer": "gold", "videos": "clip"}
@@ -193,6 +198,89 @@ def test_parquet_and_saved_datasets(folder):
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="without state"):
         load([str(folder / "empty")])
+
+
+def test_images_of_parquet_reach_the_pixels(folder):
+    """One picture stored in every way that data sets store it: raw bytes, {bytes, path}, base64, a data URI, a path."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    from data.video import image_pixels
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    png = buffer.getvalue()
+    (folder / "p.png").write_bytes(png)
+    text = base64.b64encode(png).decode()
+    columns = {
+        "raw.parquet": [png],
+        "struct.parquet": [{"bytes": png, "path": "was/elsewhere.png"}],
+        "uri.parquet": [f"data:image/png;base64,{text}"],
+        "struct64.parquet": [{"bytes": text, "path": None}],
+        "path.parquet": [{"bytes": None, "path": "p.png"}],
+        "single.parquet": {"bytes": png, "path": None},
+    }
+    for name, value in columns.items():
+        row = {**ROW, ("image" if name.startswith("single") else "images"): value}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / name)
+        (sample,) = load([str(folder / name)])
+        assert sample.data_type == "image", name
+        np.testing.assert_array_equal(image_pixels(sample.media[0]), pixels)
+    noise = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    (sample,) = load([write(folder / "b.jsonl", [{**ROW, "image": base64.b64encode(buffer.getvalue()).decode()}])])
+    np.testing.assert_array_equal(image_pixels(sample.media[0]), noise)  # plain base64, long enough to be no path
+
+
+def test_hub_names_and_the_modelscope_switch(folder, monkeypatch):
+    """A local table stands in for both hubs: what is asked of them, and that image columns stay encoded."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{**ROW, "n": i, "unit": None, "image": {"bytes": b"png%d" % i, "path": None}} for i in range(300)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if split == "nothing":
+            raise ValueError(f'Unknown split "{split}"')
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    samples = load(["some/set@validation"])
+    assert asked == [("some/set", "validation")] and len(samples) == 300
+    assert samples[299].media == (Media("image", data=b"png299"),) and samples[299].extra == {"n": 299}
+    assert (samples[299].file, samples[299].line, samples[299].source) == ("some/set@validation", 300, "set@validation")
+    assert len(load(["some/set@"])) == 300 and asked[-1] == ("some/set", "train")
+    assert file_weights(["some/set@train::2"]) == {"some/set@train": 2.0}
+    with pytest.raises(ValueError, match="--data some/set@nothing: cannot be loaded"):
+        load(["some/set@nothing"])
+    with pytest.raises(ValueError, match=r"ms://some/set@test: needs the package modelscope"):
+        monkeypatch.setitem(sys.modules, "modelscope", None)
+        load(["ms://some/set@test"])
+
+    class MsDataset:
+        @staticmethod
+        def load(name, split):
+            asked.append(("modelscope", name, split))
+            return type("Set", (), {"to_hf_dataset": staticmethod(lambda: table)})
+
+    package, module = ModuleType("modelscope"), ModuleType("modelscope.msdatasets")
+    module.MsDataset = MsDataset
+    monkeypatch.setitem(sys.modules, "modelscope", package)
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", module)
+    assert len(load(["ms://some/set@test"])) == 300 and asked[-1] == ("modelscope", "some/set", "test")
+
+
+def test_beside_path_other_names_of_the_medium_are_leftovers(folder):
+    """Converted benchmark rows carry the source's bare file name in `video`; `image_path` is a second medium."""
+    file = write(folder / "d.jsonl", [{**ROW, "video": "1665.webm", "path": "a.mp4", "image_path": "p.png"}])
+    (folder / "p.png").write_bytes(b"x")
+    (sample,) = load([file])
+    assert [(media.kind, Path(media.path).name) for media in sample.media] == [("video", "a.mp4"), ("image", "p.png")]
+    assert sample.extra == {"video": "1665.webm"}
 
 
 def test_files_globs_and_weights(folder):

@@ -2,13 +2,18 @@
 
 import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.decode import MediaError, probe, read_frames
+from data import decode
+from data.decode import MediaError, backend_problem, probe, read_frames
 from data.records import Media
 from data.video import VideoSettings, read_video
 from tests.data.clips import make_clip, make_sound, read_number
@@ -107,6 +112,105 @@ def test_decord_backend_gives_the_same_frames(tmp_path):
     stream = make_clip(tmp_path / "a.ts")
     with pytest.raises(MediaError, match="MPEG-TS"):
         read_video(Media("video", path=stream), settings)
+
+
+def test_conversion_starts_no_threads(tmp_path):
+    """One process per core: a converter that starts a thread per core and picture would undo it."""
+    path = make_clip(tmp_path / "a.mp4")
+    before = set(os.listdir("/proc/self/task"))
+    frames = read_frames(path, probe(path), [0, 5, 10])
+    next(frames)
+    assert set(os.listdir("/proc/self/task")) <= before
+    frames.close()
+
+
+class Chain:
+    """Stands where the decoders do: notes who is asked for what, and lets the first ones fail."""
+
+    def __init__(self, monkeypatch, path, plan_gives: int, error: Exception, time_shift_s: float = 0.0):
+        import torch
+
+        self.asked: list[tuple[str, list[int]]] = []
+        self.timeline = probe(path)
+        original = decode._decode_by_plan
+
+        def by_plan(source, timeline, wanted):
+            self.asked.append(("plan", wanted))
+            yield from original(source, timeline, wanted[:plan_gives])
+            raise error
+
+        def sequential(source, timeline, wanted):
+            self.asked.append(("sequential", wanted))
+            raise error
+            yield
+
+        test = self
+
+        class VideoDecoder:
+            def __init__(self, source, num_ffmpeg_threads, seek_mode):
+                test.asked.append(("torchcodec", [num_ffmpeg_threads, seek_mode]))
+
+            def __len__(self):
+                return 40
+
+            def get_frame_at(self, index):
+                test.asked.append(("torchcodec frame", [index]))
+                seconds = float(test.timeline.pts[index] * test.timeline.time_base) + time_shift_s
+                return SimpleNamespace(data=torch.full((3, 2, 2), index, dtype=torch.uint8), pts_seconds=seconds)
+
+        monkeypatch.setattr(decode, "_decode_by_plan", by_plan)
+        monkeypatch.setattr(decode, "_decode_sequential", sequential)
+        package, decoders = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
+        decoders.VideoDecoder = VideoDecoder
+        monkeypatch.setitem(sys.modules, "torchcodec", package)
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+
+
+def test_torchcodec_is_the_last_link_of_the_chain(tmp_path, monkeypatch):
+    """Plan, then from the beginning, then torchcodec, each only for the frames still missing."""
+    path = make_clip(tmp_path / "a.mp4")
+    chain = Chain(monkeypatch, path, 1, decode._PlanFailed("nothing came out"))
+    got = dict(read_frames(path, chain.timeline, [30, 3, 20]))
+    assert chain.asked == [
+        ("plan", [3, 20, 30]), ("sequential", [20, 30]), ("torchcodec", [1, "exact"]),
+        ("torchcodec frame", [20]), ("torchcodec frame", [30]),
+    ]  # fmt: skip
+    assert read_number(got[3].transpose(2, 0, 1)) == 3
+    assert [np.unique(got[index]).tolist() for index in (20, 30)] == [[20], [30]] and got[20].shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "error, container, shift, asked",
+    [
+        (decode._PictureDamaged("picture at 0.1 s is damaged"), None, 0.0, 0),  # it would invent the picture
+        (decode.av.InvalidDataError(1, "Invalid data"), None, 0.0, 0),
+        (decode._PlanFailed("2 wanted frames did not come out"), "mpegts", 0.0, 0),  # wrong frames without a word
+        (decode._PlanFailed("2 wanted frames did not come out"), None, 0.05, 2),  # the neighbour of the frame asked for
+    ],
+)
+def test_torchcodec_is_not_trusted_where_it_is_wrong(tmp_path, monkeypatch, error, container, shift, asked):
+    path = make_clip(tmp_path / "a.mp4")
+    chain = Chain(monkeypatch, path, 0, error, shift)
+    timeline = replace(chain.timeline, container=container or chain.timeline.container)
+    with pytest.raises(MediaError, match=r"frames are missing|is damaged") as caught:
+        dict(read_frames(path, timeline, [3, 20]))
+    assert "torchcodec" not in caught.value.reason  # the verdict is the first decoder's
+    assert sum(name.startswith("torchcodec") for name, _ in chain.asked) == asked
+
+
+def test_a_backend_that_does_not_load_says_so(tmp_path, monkeypatch):
+    assert backend_problem("pyav") is None
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    assert backend_problem("torchcodec") == "torchcodec is not installed"
+    path = make_clip(tmp_path / "a.mp4")
+    with pytest.raises(MediaError, match="torchcodec is not installed; use --decoder pyav"):
+        read_video(Media("video", path=path), replace(SETTINGS, backend="torchcodec"))
+
+    def broken(name):
+        raise RuntimeError("Could not load libtorchcodec.\nLikely causes: ...")
+
+    monkeypatch.setattr(decode.importlib, "import_module", broken)
+    assert backend_problem("torchcodec") == "torchcodec does not load (Could not load libtorchcodec.)"
 
 
 def test_variable_rate_is_chosen_by_time(tmp_path):
@@ -241,3 +345,20 @@ def test_any_truncation_or_flip_ends_in_frames_or_a_media_error(tmp_path):
         assert trial % 2 == 0  # a cut file is never accepted
         assert len(frames.pixels) == len(frames.indices)
     assert set(outcomes) == {"error", "frames"}
+
+
+@pytest.mark.slow
+def test_8k(tmp_path):
+    """7680x4320: the right frames, in memory that one picture explains (RGB float32 of it is 398 MB)."""
+    path = make_clip(tmp_path / "8k.mp4", frames=4, height=4320, width=7680, options={"preset": "ultrafast", "bf": "0"})
+    code = (
+        "import resource; from data.records import Media; from data.video import VideoSettings, read_video;"
+        "from tests.data.clips import read_number; import torch;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        f"frames = read_video(Media('video', path={path!r}), VideoSettings(fps=20));"
+        "print(frames.pixels.shape, [read_number(p) for p in frames.pixels],"
+        "(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout.startswith("(4, 3, 352, 672) [0, 1, 2, 3] "), done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) < 1500  # MB

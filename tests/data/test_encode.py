@@ -182,6 +182,18 @@ def test_cached_equals_decoded(encoders, media_folder, tmp_path, family):
     assert first.cache_key == second.cache_key
 
 
+def test_without_patches_everything_else_is_the_same(encoders, tiny, media_folder):
+    lean = Encoder(tiny("qwen2_5_vl"), video=VIDEO, image=IMAGE, style="direct", build_patches=False)
+    sample = make_sample(media_folder, ("odd.mp4", "still.png"))
+    full, bare = encoders["qwen2_5_vl"].encode(sample), lean.encode(sample)
+    assert bare.patches is None and len(full.patches) == full.grid_thw.prod(axis=1).sum()
+    assert bare.grid_thw.tolist() == full.grid_thw.tolist() and bare.cache_key == full.cache_key
+    assert bare.input_ids.tolist() == full.input_ids.tolist()
+    assert bare.position_ids.tolist() == full.position_ids.tolist()
+    frames = [prompt.vllm_prompt["multi_modal_data"]["video"][0][0] for prompt in (full, bare)]
+    assert np.array_equal(*frames)
+
+
 def test_keys_tell_content_apart(encoders, media_folder):
     encoder = encoders["qwen3_vl"]
     keys = [encoder.encode(make_sample(media_folder, names)).cache_key for names in MIXES.values()]

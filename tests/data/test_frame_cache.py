@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,3 +221,9 @@ def test_stale_temporaries_are_those_of_dead_processes(cache_dir):
         path.write_bytes(b"")
     assert stale_temporaries(cache_dir) == [str(dead)]
     assert len(stale_temporaries(cache_dir, all_hosts=True)) == 2
+    child = subprocess.Popen(["true"])  # ends, and is a zombie until someone waits for it
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    zombie = folder / f"x.frames.tmp-{host}-{child.pid}"
+    zombie.write_bytes(b"")
+    assert set(stale_temporaries(cache_dir)) == {str(dead), str(zombie)}
+    child.wait()

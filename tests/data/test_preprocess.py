@@ -105,7 +105,7 @@ def test_time_limit_kills_and_the_rest_goes_on(tmp_path):
     jobs = [Media("video", path=path) for path in (small[0], slow, small[1])]
     answers = {media.path: answer for media, answer in run_jobs(jobs, cache, settings, {}, 1, 6)}
     assert "took over 6 s" in answers[slow]["reason"]
-    assert answers[small[0]] == {"cached": True} and answers[small[1]]["frames"] > 0
+    assert answers[small[0]] == {"cached": True, "duration_s": 1.0} and answers[small[1]]["frames"] > 0
     assert not list(Path(cache.cache_dir).rglob("*.tmp-*"))
 
 
@@ -123,6 +123,78 @@ def test_a_dying_decoder_is_a_failure_of_its_video_only(tmp_path, monkeypatch):
     rest = dict(running)
     assert "frames" in first[1] and len(started) == 2
     assert ["decoder died (SIGKILL)" in answer.get("reason", "") for answer in rest.values()].count(True) == 1
+
+
+def test_failures_of_other_files_stay_and_cured_ones_go(tmp_path):
+    """The list of train.jsonl outlives a run over val.jsonl; a medium that works leaves the lists of all shards."""
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(Path(clips(tmp_path, 1)[0]).read_bytes()[:700])
+    late = make_clip(tmp_path / "late.mp4", frames=9)
+    train = write(tmp_path / "train.jsonl", [{"video": str(torn), "id": "torn"}])
+    val = write(tmp_path / "val.jsonl", [{"video": late, "id": "fine"}, {"video": "gone.mp4", "id": "gone"}])
+    cache_dir = tmp_path / "cache"
+    command = ["--cache_dir", str(cache_dir), "--workers", "1", "--on_bad_sample", "skip", *FLAGS]
+    assert preprocess.main(["--data", train, *command]) == 0
+    key = f"{FrameCache(str(cache_dir)).identity(Media('video', path=late))} None None"
+    timed_out = {"file": val, "line": 1, "id": "fine", "path": late, "reason": "took over 1 s", "media_key": key}
+    (cache_dir / "failed-0of2.jsonl").write_text(json.dumps({**timed_out, "remedy": "raise --timeout_s"}) + "\n")
+    with pytest.raises(MediaError, match="took over 1 s"):
+        FrameCache(str(cache_dir), "require").frames(Media("video", path=late), SETTINGS)
+    assert preprocess.main(["--data", val, *command]) == 0
+    listed = [json.loads(line)["id"] for line in (cache_dir / "failed.jsonl").read_text().splitlines()]
+    assert listed == ["torn", "gone"] and not (cache_dir / "failed-0of2.jsonl").exists()
+    assert len(FrameCache(str(cache_dir), "require").frames(Media("video", path=late), SETTINGS).indices) == 4
+
+
+def test_the_way_a_cache_was_made_is_found_without_flags(tmp_path, capsys):
+    """--identity full and --storage jpeg are noted in the folder: training reads such a cache as it is."""
+    path = clips(tmp_path, 1)[0]
+    file, cache_dir = write(tmp_path / "d.jsonl", [{"video": path}]), str(tmp_path / "cache")
+    command = ["--data", file, "--cache_dir", cache_dir, "--workers", "1", *FLAGS]
+    assert preprocess.main([*command, "--identity", "full", "--storage", "jpeg"]) == 0
+    assert json.loads(Path(cache_dir, "cache.json").read_text()) == {"identity": "full", "storage": "jpeg"}
+    os.utime(path, (1, 1))  # a copy: full identity does not mind
+    reader = FrameCache(cache_dir, "require")
+    assert (reader.full, reader.storage) == (True, "jpeg")
+    assert len(reader.frames(Media("video", path=path), SETTINGS).indices) == 4
+    assert preprocess.main(command) == 0 and "1 already there" in capsys.readouterr().out
+    assert preprocess.main([*command, "--storage", "raw"]) == 2
+    assert "was made with --identity full --storage jpeg" in capsys.readouterr().err
+    assert preprocess.main(["--cache_dir", cache_dir, "--list", "--stats"]) == 0
+    assert capsys.readouterr().out.count("jpeg95 (lossy)") == 2
+    # A folder that already has files of the usual kind does not become another.
+    other = tmp_path / "other"
+    other.mkdir()
+    FrameCache(str(other)).frames(Media("video", path=path), SETTINGS)
+    assert preprocess.main(["--data", file, "--cache_dir", str(other), "--identity", "full"]) == 2
+
+
+def test_progress_line_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preprocess, "PLAIN_LINE_EVERY_S", 0.0)
+    paths = clips(tmp_path, 2)
+    rows = [
+        {"video": paths[0]},
+        {"videos": paths},
+        {"problem": "text"},
+        "no row",
+        {"path": paths[1], "video": "1.webm"},
+    ]
+    file = write(tmp_path / "d.jsonl", rows)
+    command = ["--data", file, "--cache_dir", str(tmp_path / "cache"), "--workers", "1", *FLAGS]
+    assert preprocess.main(command) == 1
+    out, err = capsys.readouterr()
+    first, last = err.splitlines()
+    assert first.startswith("decoding 1/2, ") and "MB, 0 failed, about " in first and first.endswith(" s left")
+    assert last.startswith("decoding 2/2, ") and "about 0 s left" in last
+    assert "5 rows (video 3, text 1, unreadable 1), 2 media: 2 videos decoded" in out
+    assert "duration: < 10 s 2" in out and f"{file}:4: the row is not a JSON object" in out
+
+
+def test_a_decoder_that_is_not_there_is_refused_at_start(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    file = write(tmp_path / "d.jsonl", [{"video": "a.mp4"}])
+    assert preprocess.main(["--data", file, "--cache_dir", str(tmp_path / "c"), "--decoder", "torchcodec"]) == 2
+    assert "--decoder torchcodec: torchcodec is not installed; install it or use" in capsys.readouterr().err
 
 
 def test_shards_part_the_work(tmp_path):
@@ -186,9 +258,12 @@ def contents(cache_dir: Path) -> dict[str, bytes]:
     return {str(Path(path).relative_to(cache_dir)): Path(path).read_bytes() for path in cache_files(str(cache_dir))}
 
 
-@pytest.mark.parametrize("kills, clips_made", [(1, 4), pytest.param(20, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, clips_made", [(1, 4), pytest.param(20, 30, marks=pytest.mark.slow)])
 def test_kill_at_random_moments_then_resume(tmp_path, kills, clips_made):
-    """kill -9 of the whole process group, again and again: the cache ends equal to an uninterrupted one."""
+    """kill -9 of the whole process group, again and again: the cache ends equal to an uninterrupted one.
+
+    Every second kill waits until a file is being written, so that half of them leave a temporary.
+    """
     paths = [
         make_clip(tmp_path / f"{i}.mp4", frames=100, height=360, width=640, options={"preset": "ultrafast"})
         for i in range(clips_made)
@@ -198,18 +273,24 @@ def test_kill_at_random_moments_then_resume(tmp_path, kills, clips_made):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert preprocess.main([*flags, "--cache_dir", str(straight)]) == 0
     command = [sys.executable, str(ROOT / "data/preprocess.py"), *flags, "--cache_dir", str(broken), "--workers", "2"]
-    chance = random.Random(0)
-    for _ in range(kills):
+    chance, left_behind = random.Random(0), 0
+    for kill in range(kills):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        time.sleep(chance.uniform(1.0, 6.0))
+        stop = time.monotonic() + (chance.uniform(0.5, 3.0) if kill % 2 else 60.0)
+        while time.monotonic() < stop and process.poll() is None:
+            if kill % 2 == 0 and any(broken.glob("??/*/*.tmp-*")):
+                break
+            time.sleep(0.001)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        left_behind += any(broken.glob("??/*/*.tmp-*"))
         for path in cache_files(str(broken)):  # a name that exists is complete, at any moment
             read_pixels(read_entry(path))
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert contents(broken) == contents(straight)
     assert not list(broken.rglob("*.tmp-*"))
+    assert kills == 1 or left_behind >= 3  # the kills did hit writers
 
 
 @pytest.mark.slow

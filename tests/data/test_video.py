@@ -125,7 +125,12 @@ def test_pixels_equal_the_reference_recipe(tmp_path):
 
 @pytest.mark.parametrize(
     "window, inside",
-    [((0.5, 1.0), range(10, 20)), ((None, 0.3), range(0, 6)), ((1.8, None), range(36, 40)), ((0.51, 0.99), range(11, 20))],
+    [
+        ((0.5, 1.0), range(10, 20)),
+        ((None, 0.3), range(0, 6)),
+        ((1.8, None), range(36, 40)),
+        ((0.51, 0.99), range(11, 20)),
+    ],
 )
 def test_windows_are_exact(tmp_path, window, inside):
     """20 fps, every frame asked for: exactly the frames with start <= time < end."""
