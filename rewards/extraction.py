@@ -160,25 +160,32 @@ def peel(text: str, keep: tuple[str, ...] = (), code: bool = True) -> str:
         if not text or text[0] not in OPENINGS:
             break
         before = text
-        if code:
-            text = (fenced(text) or text).strip()
-        for opening, closing in PAIRS:
-            size = len(opening)
-            if (
-                opening not in keep
-                and len(text) > size + len(closing)
-                and text.startswith(opening)
-                and text.endswith(closing)
-                and closing not in text[size : -len(closing)]
-            ):
-                text = text[size : -len(closing)].strip()
-        command = COMMAND.match(text)
-        if command and text.endswith("}") and closes_at_end(text, command.end() - 1):
-            text = text[command.end() : -1].strip()
+        if text[0] != "{":  # JSON has none of these around it
+            text = _unwrapped(text, keep, code)
         if text.startswith("{") and text.endswith("}"):
             text = _only_answer(text)
         if text == before:
             break
+    return text
+
+
+def _unwrapped(text: str, keep: tuple[str, ...], code: bool) -> str:
+    """One layer of fence, marks and LaTeX command removed."""
+    if code:
+        text = (fenced(text) or text).strip()
+    for opening, closing in PAIRS:
+        size = len(opening)
+        if (
+            opening not in keep
+            and len(text) > size + len(closing)
+            and text.startswith(opening)
+            and text.endswith(closing)
+            and closing not in text[size : -len(closing)]
+        ):
+            text = text[size : -len(closing)].strip()
+    command = COMMAND.match(text)
+    if command and text.endswith("}") and closes_at_end(text, command.end() - 1):
+        text = text[command.end() : -1].strip()
     return text
 
 

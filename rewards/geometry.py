@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from rewards.extraction import MALFORMED, NO_ANSWER, SEVERAL, Reading, Several, Task, boxes, clean, peel, without_lead
@@ -248,6 +249,12 @@ def best_matching(gain: list[list[float]]) -> float:
     return math.fsum(gain[matched[column] - 1][column - 1] for column in range(1, columns + 1) if matched[column])
 
 
+@lru_cache(maxsize=65_536)
+def second_of(key: str) -> float | None:
+    """The second that a frame key names, None when it is no number (ST3)."""
+    return float(key) if FRAME_KEY.fullmatch(key) else None
+
+
 def read_track(value: Any) -> dict[float, Box]:
     """Second -> box of an object keyed by numbers. A bad box, or one second with two boxes, is missing (ST3, TR2).
 
@@ -258,9 +265,9 @@ def read_track(value: Any) -> dict[float, Box]:
     track: dict[float, Box] = {}
     spoilt: set[float] = set()
     for key, item in value.pairs:
-        if not FRAME_KEY.fullmatch(key):
+        second = second_of(key)
+        if second is None:
             continue
-        second = float(key)
         try:
             flat = type(item) is list and len(item) == 4 and not isinstance(item[0], (list, Obj))
             found = [read_box(item)] if flat else read_boxes(item)
@@ -270,13 +277,13 @@ def read_track(value: Any) -> dict[float, Box]:
         if len(found) != 1 or track.get(second, found[0]) != found[0]:
             spoilt.add(second)
         track[second] = found[0]
-    return {second: box for second, box in track.items() if second not in spoilt}
+    return {second: box for second, box in track.items() if second not in spoilt} if spoilt else track
 
 
 def read_gold_track(value: Any) -> dict[float, Box]:
     """A track in which every frame must be readable. Raises ValueError naming the frame."""
     track = read_track(value)
-    bad = [key for key, _ in value.pairs if not FRAME_KEY.fullmatch(key) or float(key) not in track]
+    bad = [key for key, _ in value.pairs if second_of(key) not in track]
     if bad:
         raise ValueError(f"answer has no valid box [x1, y1, x2, y2] at {', '.join(map(repr, bad[:5]))}")
     return track
