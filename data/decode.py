@@ -72,8 +72,8 @@ class Timeline:
     container: str
     sequential: bool  # decode from the beginning; seeking is not safe
     packet_pts: np.ndarray | None = None  # (packets,) in decode order
-    packet_dts: np.ndarray | None = None  # NO_TIME where a packet has none
-    packet_key: np.ndarray | None = None  # (packets,) bool
+    keys: np.ndarray | None = None  # where the key packets stand among them, ascending
+    key_dts: np.ndarray | None = None  # and their decoding times, NO_TIME where one has none
 
     @property
     def times_s(self) -> np.ndarray:
@@ -162,11 +162,11 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
         rate = stream.average_rate, stream.guessed_rate
         time_base = stream.time_base
         codec = stream.codec_context.name
-    keys = np.flatnonzero(packets.key)
-    first_key = int(keys[0]) if len(keys) else 0
+    first_key = int(packets.keys[0]) if len(packets.keys) else 0
     pts = np.sort(packets.pts[first_key:][~packets.discard[first_key:]])  # packets before a key show nothing
     plain = len(pts) > 0 and bool((packets.pts != NO_TIME).all()) and bool((np.diff(pts) > 0).all())
-    sequential = any(part in SEQUENTIAL_FORMATS for part in form.split(",")) or first_key > 0 or not plain
+    seeks = plain and len(packets.keys) > 0 and first_key == 0
+    sequential = not seeks or any(part in SEQUENTIAL_FORMATS for part in form.split(","))
     if by_decoding or not plain:
         pts = _decoded_times(source, name)
     fps, constant_rate = _frame_rate(pts, time_base, rate)
@@ -176,7 +176,7 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
     rotation = int(first.rotation) % 360
     if rotation % 180 == 90:
         height, width = width, height
-    seekable = {"packet_pts": packets.pts, "packet_dts": packets.dts, "packet_key": packets.key}
+    seekable = {"packet_pts": packets.pts, "keys": packets.keys, "key_dts": packets.key_dts}
     return Timeline(
         pts=pts, time_base=time_base, fps=fps, constant_rate=constant_rate, height=height, width=width,
         rotation=rotation, codec=codec, container=form, sequential=sequential,
@@ -186,26 +186,28 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
 
 @dataclass(frozen=True)
 class _Packets:
-    """What a demux pass finds: one entry per packet, in decode order. 19 bytes each, so that hours stay small."""
+    """What a demux pass finds, in decode order. Ten bytes per packet, so that hours stay small."""
 
-    pts: np.ndarray
-    dts: np.ndarray
-    key: np.ndarray
-    discard: np.ndarray
-    corrupt: np.ndarray
+    pts: np.ndarray  # (packets,)
+    keys: np.ndarray  # positions of key packets
+    key_dts: np.ndarray  # (keys,)
+    discard: np.ndarray  # (packets,) bool
+    corrupt: np.ndarray  # (packets,) bool
 
 
 def _packet_table(name: str, container, stream) -> tuple[_Packets, av.VideoFrame | None, av.FFmpegError | None]:
     """Every packet's times and flags; the first picture, decoded on the way, or why there is none. Raises MediaError."""
     context = stream.codec_context
-    pts, dts, flags, first, failure = array("q"), array("q"), bytearray(), None, None
+    pts, keys, key_dts, flags, first, failure = array("q"), [], [], bytearray(), None, None
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             pts.append(NO_TIME if packet.pts is None else packet.pts)
-            dts.append(NO_TIME if packet.dts is None else packet.dts)
-            flags.append(packet.is_keyframe + 2 * packet.is_discard + 4 * packet.is_corrupt)
+            if packet.is_keyframe:
+                keys.append(len(pts) - 1)
+                key_dts.append(NO_TIME if packet.dts is None else packet.dts)
+            flags.append(packet.is_discard + 2 * packet.is_corrupt)
             if first is None and failure is None:
                 first, failure = _picture(context, packet)
     except av.FFmpegError as error:
@@ -213,8 +215,8 @@ def _packet_table(name: str, container, stream) -> tuple[_Packets, av.VideoFrame
     if first is None and failure is None and len(pts):
         first, failure = _picture(context, None)
     bits = np.frombuffer(bytes(flags), np.uint8)
-    times = np.array(pts, np.int64), np.array(dts, np.int64)
-    return _Packets(*times, (bits & 1) > 0, (bits & 2) > 0, (bits & 4) > 0), first, failure
+    columns = (np.array(column, np.int64) for column in (pts, keys, key_dts))
+    return _Packets(*columns, (bits & 1) > 0, (bits & 2) > 0), first, failure
 
 
 def _picture(context, packet) -> tuple[av.VideoFrame | None, av.FFmpegError | None]:
@@ -338,16 +340,14 @@ def _decode_sequential(source, timeline: Timeline, wanted: list[int]) -> Iterato
 
 
 def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    packet_pts, packet_dts = timeline.packet_pts, timeline.packet_dts
+    packet_pts, keys = timeline.packet_pts, timeline.keys
     by_time = np.argsort(packet_pts)
-    sorted_pts = packet_pts[by_time]
 
     def position_of(pts: int) -> int:
         """Where the packet of this time stands in decode order, or -1."""
-        place = int(np.searchsorted(sorted_pts, pts))
-        return int(by_time[place]) if place < len(sorted_pts) and sorted_pts[place] == pts else -1
+        place = int(np.searchsorted(packet_pts, pts, sorter=by_time))
+        return int(by_time[place]) if place < len(by_time) and packet_pts[by_time[place]] == pts else -1
 
-    keys = np.flatnonzero(timeline.packet_key)
     groups: dict[int, list[int]] = {}
     for index in wanted:
         pts = int(timeline.pts[index])
@@ -355,17 +355,17 @@ def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[t
         # Pictures shown before their key picture but sent after it (open groups) need the group before as well.
         while k > 0 and packet_pts[keys[k]] > pts:
             k -= 1
-        groups.setdefault(int(keys[k]), []).append(index)
+        groups.setdefault(k, []).append(index)
     container, stream = open_video(source)
     context = stream.codec_context
     with container:
         packets, at = container.demux(stream), 0
-        for start, members in sorted(groups.items()):
+        for k, members in sorted(groups.items()):
+            start, dts = int(keys[k]), int(timeline.key_dts[k])
             index_of = {int(timeline.pts[index]): index for index in members}
             needed = {position_of(pts) for pts in index_of}
             last = max(needed)
             if start < at or start - at > SEEK_AHEAD_PACKETS:
-                dts = packet_dts[start]
                 container.seek(int(packet_pts[start] if dts == NO_TIME else dts), stream=stream)
                 packets, at = container.demux(stream), -1
             for packet in packets:
