@@ -38,6 +38,7 @@ PRONOUN_BEFORE = {
     "blue",
     "red",
 }
+ANY_PART = re.compile("|".join(sorted(PARTS)), re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z]+|#|\S")
 
 
@@ -47,8 +48,7 @@ def read_number_words(text: str) -> list[tuple[Fraction, str]] | None:
     >>> [value for value, _ in read_number_words("one thousand two hundred and six, minus four")]
     [Fraction(1206, 1), Fraction(-4, 1)]
     """
-    lowered = text.casefold()
-    if not any(part in lowered for part in PARTS):
+    if not ANY_PART.search(text):
         return []
     tokens = [(found[0].casefold(), found.start(), found.end()) for found in WORD.finditer(text)]
     found, place = [], 0

@@ -156,7 +156,8 @@ def find_numbers(text: str) -> list[Number] | None:
                 return None  # 2^3 is a sum to do, not a number
         if abs(exponent) > MAX_EXPONENT:
             return None
-        value *= Fraction(10) ** exponent
+        if exponent:
+            value *= Fraction(10) ** exponent
         over = DENOMINATOR.match(text, at)
         if over and not exponent:
             below = over[1].rstrip(".,")
@@ -202,7 +203,7 @@ def read_number(text: str, place: str = "block", declared: Unit | None = None) -
         return NO_ANSWER
     parts = re.split(r"\bor\b", text, flags=re.IGNORECASE) if "=" in text else [text]
     readings = [reading for part in parts if (reading := _one_value(part, declared)).status != "no_answer"]
-    if len({reading.key for reading in readings}) > 1:
+    if any(reading.key != readings[0].key for reading in readings):
         return SEVERAL
     return readings[0] if readings else NO_ANSWER
 
@@ -221,12 +222,12 @@ def _one_value(text: str, declared: Unit | None) -> Reading:
     if not numbers:
         return NO_ANSWER
     try:
-        keys = {(number.percent, in_declared(number, declared)) for number in numbers}
+        keys = [(number.percent, in_declared(number, declared)) for number in numbers]
     except ValueError:
         return Reading(None, "no_answer")
-    if len(keys) > 1:
+    if any(key != keys[0] for key in keys):
         return SEVERAL
-    return Reading(numbers[0], key=keys.pop())
+    return Reading(numbers[0], key=keys[0])
 
 
 def in_declared(number: Number, declared: Unit | None) -> Fraction:
@@ -235,7 +236,7 @@ def in_declared(number: Number, declared: Unit | None) -> Fraction:
         return number.value
     if number.percent and declared.dimension != "percent":
         raise ValueError("percent is no unit of " + declared.dimension)
-    if number.unit is None:
+    if number.unit is None or number.unit is declared:
         return number.value
     if number.unit.dimension != declared.dimension:
         raise ValueError(f"{number.unit.dimension} is not {declared.dimension}")
@@ -306,6 +307,8 @@ def score_number(reading: Reading, gold: Reading, extra: dict[str, Any]) -> floa
         target = same_scale(gold.value, reading.value, declared)
     except ValueError:
         return 0.0
+    if value == target:
+        return 1.0
     tolerance = read_tolerance(extra)
     if tolerance:
         kind, bound = tolerance
