@@ -171,18 +171,17 @@ def math_ratio(draw: random.Random, count: int, group: int) -> dict[str, float]:
 
 def median_us(draw: random.Random, count: int, group: int) -> dict[str, float]:
     """Median processor microseconds per type in process; `group` responses share a gold, as in training."""
-    times: dict[str, list[float]] = {}
-    golds: dict[str, tuple[str, object, dict]] = {}
-    for place in range(-16, count):  # the first 16 warm the caches
-        rows = other_rows(draw)
-        golds = rows if place % group == 0 else golds
-        for kind, (response, _, _) in rows.items():
-            name, (_, gold, extra) = kind.split(",")[0], golds[kind]
+    drawn = [other_rows(draw) for _ in range(count + 16)]  # the first 16 warm the caches
+    medians = {}
+    for kind in drawn[0]:
+        name, times = kind.split(",")[0], []
+        for place, rows in enumerate(drawn):
+            response, (_, gold, extra) = rows[kind][0], drawn[place - place % group][kind]
             begin = time.process_time()
             score(name, response, gold, extra)
-            if place >= 0:
-                times.setdefault(kind, []).append(time.process_time() - begin)
-    return {kind: 1e6 * statistics.median(spent) for kind, spent in times.items()}
+            times.append(time.process_time() - begin)
+        medians[kind] = 1e6 * statistics.median(times[16:])
+    return medians
 
 
 def apart_us(count: int) -> dict[str, float]:
