@@ -80,8 +80,12 @@ def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool) -> float:
     return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * FP32
 
 
-def activation_bytes(shape: Shape, tokens: int, response_tokens: int, patches: int) -> dict[str, float]:
+def activation_bytes(
+    shape: Shape, tokens: int, response_tokens: int, patches: int, sharing: int = 1
+) -> dict[str, float]:
     """One micro-batch under gradient checkpointing: the input of every layer is kept, one layer's insides exist at once.
+
+    sharing: ranks that cut its tokens and its clips among them (--sequence_parallel); each has all visual features.
 
     Inside a language layer, per token: residual, two normed copies, queries, keys, values, attention output and its
     projection, and the three halves of the gated product; twice, for the gradients beside them.
@@ -89,6 +93,7 @@ def activation_bytes(shape: Shape, tokens: int, response_tokens: int, patches: i
     inside = 4 * shape.hidden + 2 * shape.q_outputs + 2 * shape.kv_heads * shape.head_dim + 3 * shape.intermediate
     vision_inside = 8 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate
     features = patches // shape.merge**2 * shape.hidden * shape.vision_mergers
+    tokens, response_tokens, patches = (-(-count // sharing) for count in (tokens, response_tokens, patches))
     logits = min(response_tokens, LOGIT_CHUNK) * shape.vocabulary * (BF16 + 2 * FP32)
     return {
         "layer inputs": tokens * shape.hidden * shape.layers * BF16,
@@ -106,7 +111,9 @@ STATES = {
     "optimiser (fp32 master, two moments)",
     "gathered layers and embedding",
     "buckets of gathers and reductions",
+    "second copy of the weights (hpZ)",
 }
+SECOND_COPY = "second copy of the weights (hpZ)"
 STEP = "gradients copied in the optimiser's step"
 
 
@@ -144,8 +151,14 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     responses = args.group_size * args.max_response_tokens
     tokens = args.groups_per_micro_batch * (prompt + responses)
     rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters)
+    if args.hpz_partition_size > 1:
+        rest[SECOND_COPY] = parameters(shape)["total"] * BF16 / args.hpz_partition_size
     update = rest | activation_bytes(
-        shape, tokens, args.groups_per_micro_batch * responses, args.groups_per_micro_batch * patches
+        shape,
+        tokens,
+        args.groups_per_micro_batch * responses,
+        args.groups_per_micro_batch * patches,
+        args.sequence_parallel,
     )
     update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer)
     asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "buckets of gathers"))}
@@ -215,6 +228,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=8, help="GPUs that share the ZeRO-3 states")
     parser.add_argument("--gpu_memory_gib", type=float, default=139.0, help="memory of one GPU (H200: 139)")
     parser.add_argument("--tensor_parallel", type=int, default=1, help="GPUs per vLLM engine")
+    parser.add_argument("--sequence_parallel", type=int, default=1, help="GPUs that share a packed sequence")
+    parser.add_argument(
+        "--hpz_partition_size", type=int, default=1, help="GPUs that share the second copy of the weights"
+    )
     parser.add_argument("--frames", type=int, default=128, help="frames of a clip")
     parser.add_argument("--max_frames", type=int, default=2048, help="upper end of the search for what fits")
     parser.add_argument("--height", type=int, default=720, help="height of the source video, pixels")

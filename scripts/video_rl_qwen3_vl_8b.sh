@@ -32,7 +32,8 @@ flags=(
   --video_min_pixels 3136 --video_max_pixels 262144 --image_min_pixels 3136 --image_max_pixels 1048576
   --max_prompt_tokens 20000 --on_long_prompt resample
   # rollout. Published: 0.8 of the memory for vLLM and two GPUs per engine. Here the fp32 states stay beside it, hence 0.6, and
-  # ranks of one engine train the same groups, hence one GPU per engine wherever the model fits (8B in bf16: 16 GiB).
+  # ranks of one engine hold the same groups, hence one GPU per engine wherever the model fits (8B in bf16: 16 GiB); with
+  # --tensor_parallel 2 add --sequence_parallel 2, so that the two share the update of these groups.
   --group_size 8 --prompts_per_step 256 --max_response_tokens 4096
   --temperature 1.0 --top_p 1.0 --top_k -1
   --tensor_parallel 1 --gpu_memory_utilization 0.6 --max_num_batched_tokens 25000 --sleep_level 2

@@ -192,6 +192,12 @@ def _update_flags(group) -> None:
     )
     group.add_argument("--token_budget", type=int, default=32768, help="packed tokens per micro-batch and rank")
     group.add_argument(
+        "--sequence_parallel",
+        type=int,
+        default=1,
+        help="ranks that share each packed sequence (Ulysses), for prompts that do not fit one GPU",
+    )
+    group.add_argument(
         "--skip_zero_advantage",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -315,6 +321,7 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         "tensor_parallel",
         "max_num_seqs",
         "hpz_partition_size",
+        "sequence_parallel",
         "reward_workers",
         "validate_samples",
     ):
@@ -362,6 +369,15 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         args.max_num_batched_tokens is None or args.max_num_batched_tokens >= args.max_num_seqs,
         f"--max_num_batched_tokens {args.max_num_batched_tokens} must be at least --max_num_seqs {args.max_num_seqs}: "
         "every running response takes one token of a step",
+    )
+    shared, engine = args.sequence_parallel, args.tensor_parallel
+    need(
+        shared < 1 or world_size % shared == 0,
+        f"--sequence_parallel {shared} must divide the number of ranks, {world_size}",
+    )
+    need(
+        shared <= 1 or engine < 1 or shared % engine == 0,
+        f"--sequence_parallel {shared} must be a multiple of --tensor_parallel {engine}, whose ranks hold the same groups",
     )
     hpz, local = args.hpz_partition_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     need(

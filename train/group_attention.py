@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from data.records import Group
+from train.sequence_parallel import SequenceSet, attend
 
 PACKED = "reelrl_packed"  # the name under which transformers finds packed_attention
 BACKENDS = ("sdpa", "flex", "varlen", "flash2")
@@ -61,6 +62,7 @@ class Layout:
     length: int  # T, padding for FlexAttention's blocks included
     backend: str
     ready: dict[str, object] = field(default_factory=dict)
+    sequence: SequenceSet | None = None  # the ranks that share this sequence, if it is cut
 
 
 @dataclass(slots=True)
@@ -84,9 +86,17 @@ class Packed:
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
 
 
-def pack(groups: list[Group], *, backend: str, device: torch.device, banned_ids: np.ndarray | None = None) -> Packed:
+def pack(
+    groups: list[Group],
+    *,
+    backend: str,
+    device: torch.device,
+    banned_ids: np.ndarray | None = None,
+    sequence: SequenceSet | None = None,
+) -> Packed:
     """Lay groups out as one sequence (see the module's docstring) and move it to the device.
 
+    sequence: the ranks that will each compute a slice of it; all of them pack the same groups.
     Raises ValueError if a response holds an id that is never sampled (its log-prob would be -inf), or if a group has
     no response.
     """
@@ -145,7 +155,7 @@ def pack(groups: list[Group], *, backend: str, device: torch.device, banned_ids:
         return torch.from_numpy(np.ascontiguousarray(joined)).to(device, non_blocking=True)
 
     return Packed(
-        layout=Layout(spans, prompts_length, length + padding, backend),
+        layout=Layout(spans, prompts_length, length + padding, backend, sequence=sequence),
         input_ids=send(ids),
         position_ids=send(positions, axis=1),
         visual_positions=send(visual),
@@ -353,7 +363,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; log-probs must be a function of weights and tokens alone")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _KERNELS[layout.backend](query, key, value, layout, scaling), None
+    kernel = _KERNELS[layout.backend]
+    if layout.sequence is not None:
+        return attend(kernel, query, key, value, layout, scaling), None
+    return kernel(query, key, value, layout, scaling), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -60,6 +60,7 @@ def rl_step(run: Run, step: int):
     from train.losses import loss_mask
     from train.metrics import StepMetrics, device_bytes, record_groups, record_peak, record_tokens
     from train.presets import needs
+    from train.sequence_parallel import share_groups
     from train.update import (
         all_logprobs,
         all_values,
@@ -73,7 +74,7 @@ def rl_step(run: Run, step: int):
     )  # fmt: skip
 
     args, policy, engine, needed = run.args, run.policy, run.engine, needs(run.args)
-    metrics = StepMetrics(run.watchdog, copies=args.tensor_parallel)
+    metrics = StepMetrics(run.watchdog, copies=max(args.tensor_parallel, args.sequence_parallel))
 
     with metrics.timer("rollout"):
         collected = collect(
@@ -81,6 +82,7 @@ def rl_step(run: Run, step: int):
             all_gather=all_gather_objects, share=lambda scores: share_scores(run, scores),
         )  # fmt: skip
         metrics.ratios(collected.metrics)
+        collected = share_groups(collected, args.sequence_parallel, args.tensor_parallel)
     run.loader.prefetch(args.prompts_per_step)  # the next step's frames are read while this one trains
     record_peak(metrics, "rollout")
     with metrics.timer("sleep"):
@@ -282,7 +284,8 @@ def train(args, samples) -> int:
         row = metrics.reduce(peak)
         row["data/position"], row["data/epoch"] = run.loader.position, run.loader.position / len(samples)
         row["data/replaced"] = len(run.loader.failed)
-        row |= {f"scoring/{word}": count for word, count in sorted(run.scorer.counts.items()) if word in SCORING_TROUBLE}
+        trouble = [word for word in SCORING_TROUBLE if word in run.scorer.counts]
+        row |= {f"scoring/{word}": run.scorer.counts[word] for word in trouble}
         scores = {}
         if run.held_out and args.validate_every and step % args.validate_every == 0:
             scores = validation(step)

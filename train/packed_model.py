@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from train.fused import fuse_elementwise
 from train.group_attention import PACKED, Packed
 from train.linear_attention import fork_linear_attention, has_linear_attention
+from train.sequence_parallel import join, share_features, take_slice
 from train.token_logprobs import output_layer_gives_logprobs
 from train.vision import VISION_VARLEN, normalise, patch_embedding_as_matmul, run_tower, smallest_grid
 
@@ -67,6 +68,13 @@ class PackedModel(nn.Module):
         blank = torch.zeros(patch_count, width, device=self.hf.device)
         return run_tower(tower, blank, grid), False
 
+    def features_of(self, packed: Packed) -> tuple[list[Tensor], bool]:
+        """visual_features of a pack; ranks that share its sequence share the tower's work, too."""
+        sequence = packed.layout.sequence
+        if sequence is None or packed.patches is None:
+            return self.visual_features(packed.patches, packed.grid_thw)
+        return share_features(self.visual_features, packed, self.hf.model.visual.spatial_merge_size, sequence), True
+
     def forward(
         self,
         packed: Packed,
@@ -82,38 +90,44 @@ class PackedModel(nn.Module):
         called. With features_only nothing but the tower runs and its features come back.
         """
         if features_only:
-            return self.visual_features(packed.patches, packed.grid_thw)[0]
-        model = self.hf.model
-        embedded = model.get_input_embeddings()(packed.input_ids)  # (T, D)
+            return self.features_of(packed)[0]
+        model, sequence = self.hf.model, packed.layout.sequence
+        part = take_slice(packed, sequence) if sequence else None
+        mine = part.packed if part else packed  # the tokens that this rank computes
+        embedded = model.get_input_embeddings()(mine.input_ids)  # (T, D)
         zero = None
         if features is None:
-            features, real = self.visual_features(packed.patches, packed.grid_thw)
+            features, real = self.features_of(packed)
             if not real:  # in the graph, so that its gradients exist (as zeros) on this rank too
                 zero = sum(feature.sum() for feature in features) * 0.0
                 features = []
-        deepstack = [feature.to(embedded.dtype) for feature in features[1:]]
         if features:
             if len(features[0]) != len(packed.visual_positions):
                 raise ValueError(
                     f"{len(features[0])} visual features for {len(packed.visual_positions)} visual tokens: the grids "
                     "of a prompt do not match its token ids"
                 )
-            embedded = embedded.index_copy(0, packed.visual_positions, features[0].to(embedded.dtype))
+            features = [(feature[part.visual_rows] if part else feature).to(embedded.dtype) for feature in features]
+            embedded = embedded.index_copy(0, mine.visual_positions, features[0])
         if zero is not None:
             embedded = embedded + zero.to(embedded.dtype)
-        hidden = self.decode(embedded, packed, deepstack)
+        hidden = self.decode(embedded, mine, features[1:])
         if self.value_head is not None:
             values = self.value_head(hidden)[:, 0]
             values = values.to(torch.promote_types(values.dtype, torch.float32))
-            return values, torch.zeros_like(values)
-        return self.hf.lm_head(
-            hidden,
-            packed.targets,
-            temperature=temperature,
-            banned=self.banned,
-            entropy=entropy,
-            chunk=self.logit_chunk,
-        )
+            per_token = (values, torch.zeros_like(values))
+        else:
+            per_token = self.hf.lm_head(
+                hidden,
+                mine.targets,
+                temperature=temperature,
+                banned=self.banned,
+                entropy=entropy,
+                chunk=self.logit_chunk,
+            )
+        if part is None:
+            return per_token
+        return tuple(join(values, part.own, len(packed.targets), sequence) for values in per_token)
 
     def decode(self, embedded: Tensor, packed: Packed, deepstack: list[Tensor]) -> Tensor:
         """(T, D) input embeddings -> (N, D) hidden states that predict the response tokens."""

@@ -30,7 +30,13 @@ def total_steps(args, samples: int) -> int:
 
 
 def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
-    """What the run would do, as text. Encodes two prompts; token counts of up to 200 samples come from metadata."""
+    """What the run would do, as text. Encodes two prompts; token counts of up to 200 samples come from metadata.
+
+    Raises ValueError if the model cannot be cut over --sequence_parallel ranks.
+    """
+    from train.sequence_parallel import check_model
+
+    check_model(encoder.config, args.sequence_parallel)
     replicas = max(1, world_size // args.tensor_parallel)
     per_rank = args.prompts_per_step // replicas
     updates = args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
@@ -52,12 +58,14 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
     if counts:
         longest = max(counts)
         packed = longest + args.group_size * args.max_response_tokens
+        budget = args.token_budget * args.sequence_parallel
         lines += [
             "",
             f"tokens (of {len(counts)} samples, from metadata):",
             f"  prompt: median {statistics.median(counts):.0f}, longest {longest}, limit {args.max_prompt_tokens}",
             f"  one packed group: at most {packed} (prompt once + {args.group_size} x {args.max_response_tokens}); "
-            f"--token_budget {args.token_budget} holds {max(1, args.token_budget // packed)} such group(s) per micro-batch",
+            f"--token_budget {args.token_budget}{f' on {args.sequence_parallel} ranks' if budget != args.token_budget else ''} "
+            f"holds {max(1, budget // packed)} such group(s) per micro-batch",
             f"  as one row per response it would be {args.group_size * (longest + args.max_response_tokens)}",
             "",
             *memory_lines(args, encoder.config, longest, per_rank, world_size),

@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from data.records import Group
 from train.group_attention import choose_attention, pack
 from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
+from train.sequence_parallel import SequenceSet, check_model, sequence_set
 from train.vision import read_normalisation
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -158,13 +159,24 @@ class Policy:
     calls in the same order, with whatever groups it holds.
     """
 
-    def __init__(self, engine, packed: PackedModel, *, device, dtype, attention: str, max_nonfinite_steps: int = 5):
+    def __init__(
+        self,
+        engine,
+        packed: PackedModel,
+        *,
+        device,
+        dtype,
+        attention: str,
+        max_nonfinite_steps: int = 5,
+        sequence: SequenceSet | None = None,
+    ):
         self.engine = engine
         self.packed = packed
         self.model = packed.hf
         self.device = device
         self.dtype = dtype
         self.attention = attention
+        self.sequence = sequence  # the ranks that hold the same groups and a slice of their tokens each
         self.world_size = dist.get_world_size()
         self.max_nonfinite_steps = max_nonfinite_steps
         self.nonfinite_steps = 0  # skipped in all
@@ -185,7 +197,7 @@ class Policy:
         given its prompt and tokens before t, at the sampler's temperature and without the ids it never samples. The
         causal shift is in here and nowhere else. Has gradients unless called under torch.no_grad().
         """
-        packed = pack(groups, backend=self.attention, device=self.device, banned_ids=self.packed.banned_array)
+        packed = self._pack(groups)
         features = self._features_of(groups)
         flat, flat_entropy = self.engine(packed, temperature=temperature, entropy=entropy, features=features)
         return packed.to_rows(flat), packed.to_rows(flat_entropy) if entropy else None
@@ -194,7 +206,7 @@ class Policy:
         """Critic only: value before each response token, (B, R) float32, zero past the end of a row."""
         if self.packed.value_head is None:
             raise ValueError("values() needs a critic; this is a policy")
-        packed = pack(groups, backend=self.attention, device=self.device, banned_ids=self.packed.banned_array)
+        packed = self._pack(groups)
         flat, _ = self.engine(packed, features=self._features_of(groups))
         return packed.to_rows(flat)
 
@@ -209,7 +221,7 @@ class Policy:
         self._features = {}
         for groups in micro_batches:
             with torch.no_grad():
-                features = self.engine(groups_to_encode(groups, self.attention, self.device), features_only=True)
+                features = self.engine(self._pack(groups), features_only=True)
             start = 0
             for group in groups:
                 if group.prompt.patches is None:
@@ -223,6 +235,15 @@ class Policy:
         """Drop what encode_frozen stored; the tower runs in every forward again."""
         self._features = None
 
+    def _pack(self, groups: list[Group]):
+        return pack(
+            groups,
+            backend=self.attention,
+            device=self.device,
+            banned_ids=self.packed.banned_array,
+            sequence=self.sequence,
+        )
+
     def _features_of(self, groups: list[Group]) -> list[Tensor] | None:
         if self._features is None:
             return None
@@ -233,13 +254,15 @@ class Policy:
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add this micro-batch's gradients. They are summed over micro-batches and ranks, never averaged: the loss's
-        denominator already counts the whole mini-batch on all ranks (train.losses.reduce_loss).
+        denominator already counts the whole mini-batch on all ranks (train.losses.reduce_loss). Ranks that share sequences
+        count the same tokens there, each, and hold the gradient of a slice: their sum is weighed by their number.
 
         last: False saves a copy to the host per micro-batch when the optimiser is offloaded; True is always right.
         """
         # The number of micro-batches differs from step to step, so the accumulation boundary is ours to set.
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.world_size)  # ZeRO divides by the number of ranks
+        sharing = self.sequence.size if self.sequence else 1
+        self.engine.backward(loss * (self.world_size * sharing))  # ZeRO divides by the number of ranks
 
     def step(self, lr: float) -> dict[str, float]:
         """Clip by the global norm, one AdamW update at learning rate `lr`, and clear the gradients.
@@ -342,11 +365,6 @@ class Policy:
             yield from (value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
 
 
-def groups_to_encode(groups: list[Group], attention: str, device: torch.device):
-    """The packed form of groups for a tower-only pass."""
-    return pack(groups, backend=attention, device=device)
-
-
 def _load(model_dir: str, args, config: dict, dtype: torch.dtype):
     """The Hugging Face model, sharded as it is built; every rank reads the checkpoint."""
     from transformers.integrations import HfDeepSpeedConfig
@@ -363,6 +381,16 @@ def _load(model_dir: str, args, config: dict, dtype: torch.dtype):
     hf.config.use_cache = False
     del switch
     return hf
+
+
+def _sequence_set(model_dir: str, args) -> SequenceSet | None:
+    """The ranks of --sequence_parallel that this one shares sequences with. Raises ValueError if the model cannot be cut."""
+    size = getattr(args, "sequence_parallel", 1)
+    if size > 1:  # before the weights are loaded
+        check_model(
+            AutoConfig.from_pretrained(model_dir, trust_remote_code=getattr(args, "trust_remote_code", False)), size
+        )
+    return sequence_set(size)
 
 
 def _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation, value_head=None) -> PackedModel:
@@ -383,6 +411,7 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     dtype = resolve_dtype(args.dtype, device)
     attention = choose_attention(args.attention, device, dtype)
     config = deepspeed_config(args, dtype, device)
+    sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     value_head = None
     if critic:
@@ -403,7 +432,9 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     optimizer = build_trained_optimizer(groups, args, rate, offload=getattr(args, "offload", "none") != "none")
     engine, _, _, _ = deepspeed.initialize(model=packed, config=config, optimizer=optimizer)
     limit = getattr(args, "max_nonfinite_steps", 5)
-    return Policy(engine, packed, device=device, dtype=dtype, attention=attention, max_nonfinite_steps=limit)
+    return Policy(
+        engine, packed, device=device, dtype=dtype, attention=attention, max_nonfinite_steps=limit, sequence=sequence
+    )
 
 
 def build_policy(args, *, device: torch.device, banned_ids: Iterable[int] = (), normalisation=None) -> Policy:
@@ -433,8 +464,9 @@ def build_reference(args, *, device: torch.device, banned_ids: Iterable[int] = (
     config = deepspeed_config(args, dtype, device)
     if getattr(args, "offload", "none") != "all":
         config["zero_optimization"].pop("offload_optimizer", None)
+    sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     packed = _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation)
     packed.requires_grad_(False).eval()
     engine, _, _, _ = deepspeed.initialize(model=packed, config=config)
-    return Policy(engine, packed, device=device, dtype=dtype, attention=attention)
+    return Policy(engine, packed, device=device, dtype=dtype, attention=attention, sequence=sequence)

@@ -24,7 +24,7 @@ def plan_micro_batches(batch: Batch, indices: list[int], *, args, shape) -> list
     return micro_batches(
         batch,
         indices,
-        token_budget=args.token_budget,
+        token_budget=args.token_budget * args.sequence_parallel,
         cost=lambda group: group_cost(group, shape, tower=tower),
         agree=lambda count: max(all_gather_objects(count)),
     )
@@ -33,6 +33,7 @@ def plan_micro_batches(batch: Batch, indices: list[int], *, args, shape) -> list
 def plan_updates(batch: Batch, *, args, shape, replicas: int, epoch: int):
     """[(indices of the mini-batch's groups, its micro-batches)] for one pass over the batch. Collective.
 
+    replicas: that sample; the groups of those that share sequences (--sequence_parallel) are on each of their ranks.
     Groups whose update is exactly zero are not computed under --skip_zero_advantage; the loss's denominator counts them.
     Passes after the first take the groups in another order, the same for the same seed and step.
     """
@@ -41,7 +42,8 @@ def plan_updates(batch: Batch, *, args, shape, replicas: int, epoch: int):
         turn = epoch % len(order)
         order = order[turn:] + order[:turn]
     plan = []
-    for places in mini_batches(len(order), args.prompts_per_update // replicas):
+    joined = max(1, args.sequence_parallel // args.tensor_parallel)
+    for places in mini_batches(len(order), args.prompts_per_update // replicas * joined):
         indices = [order[place] for place in places]
         other_terms = not args.skip_zero_advantage or args.kl_in == "loss" or args.entropy_coef > 0
         other_terms = other_terms or bool(batch.is_demonstration.any())

@@ -76,9 +76,19 @@ def test_the_step_can_be_the_peak():
     """Short prompts on one GPU: the step's 4 GB copy is more than all activations."""
     few = arguments("--gpus", "1", "--group_size", "2", "--max_response_tokens", "16", "--total_pixels", "1")
     plan = plan_memory.make_plan(SHAPE, few, 4)
-    states = sum(plan.update[name] for name in plan_memory.STATES)
+    states = sum(value for name, value in plan.update.items() if name in plan_memory.STATES)
     assert plan.update[plan_memory.STEP] == 4e9
     assert plan.peak_bytes == max(states + 4e9, sum(plan.rollout.values()))
+
+
+def test_cut_sequences_and_a_second_copy():
+    whole = plan_memory.make_plan(SHAPE, arguments(), 128).update
+    cut = plan_memory.make_plan(SHAPE, arguments("--sequence_parallel", "4", "--hpz_partition_size", "8"), 128).update
+    assert cut["layer inputs"] == 8310 * 4096 * 36 * 2  # a quarter of 33,238, rounded up
+    assert cut["vision layer inputs"] == whole["vision layer inputs"] / 4
+    assert cut["vision features"] == whole["vision features"]  # all of them on every rank
+    assert cut["second copy of the weights (hpZ)"] == 8_763_699_200 * 2 / 8
+    assert "second copy of the weights (hpZ)" not in whole
 
 
 def test_what_fits():

@@ -57,6 +57,8 @@ def test_defaults_follow_other_flags(required):
         (["--hpz_partition_size", "0"], ["--hpz_partition_size", "0"]),
         (["--max_model_len", "21000"], ["--max_model_len 21000", "--max_prompt_tokens 20000", "2048"]),
         (["--max_num_batched_tokens", "100"], ["--max_num_batched_tokens 100", "--max_num_seqs 256"]),
+        (["--sequence_parallel", "2"], ["--sequence_parallel 2", "ranks, 1"]),
+        (["--sequence_parallel", "0"], ["--sequence_parallel", "0"]),
         (["--validate_top_p", "0"], ["--validate_top_p"]),
         (["--validate_top_k", "0"], ["--validate_top_k"]),
         (["--freeze_vision_tower", "--freeze_merger", "--freeze_language_model"], ["nothing to train"]),
@@ -92,6 +94,16 @@ def test_the_second_copy_of_weights_fits_the_nodes(required, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     args.offload = "all"
     assert any("--offload all" in text for text in check_args(args, world_size=32))
+
+
+def test_sets_that_share_sequences_hold_whole_engines(required):
+    args = parse_args(required)
+    args.sequence_parallel, args.tensor_parallel = 4, 2
+    assert check_args(args, world_size=8) == []
+    args.tensor_parallel = 8
+    assert any(
+        "--sequence_parallel 4 must be a multiple of --tensor_parallel 8" in text for text in check_args(args, 8)
+    )
 
 
 def test_vllm_takes_the_longer_of_the_two_response_limits(required):
