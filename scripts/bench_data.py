@@ -264,7 +264,7 @@ def line(name: str, result: dict[str, dict], target: str) -> str:
         f"native {native:.2f} = {recipe / native:.2f}x{target}; decoding all frames alone {result['decode']['cpu_s']:.2f}; "
         f"exact frames bit-equal: {same}\n"
         f"  peak memory MB: recipe {result['recipe']['peak_mb']:.0f}, exact {result['exact']['peak_mb']:.0f} "
-        f"= {result['exact']['peak_mb'] / result['recipe']['peak_mb']:.3f} (target 0.1); "
+        f"= {result['exact']['peak_mb'] / result['recipe']['peak_mb']:.3f} (target 0.1 at {MAX_FRAMES} frames); "
         f"bytes {result['exact']['bytes'] / result['recipe']['bytes']:.4f} (target 0.25)\n"
         f"  load CPU s: recipe {loads[0]:.3f}, float values {loads[1]:.3f} = {loads[0] / loads[1]:.1f}x (target 3.5), "
         f"uint8 patches {loads[2]:.3f} = {loads[0] / loads[2]:.1f}x (target 8); memcpy {loads[3]:.3f}; "
