@@ -327,21 +327,21 @@ def train(args, samples) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from train.plan import build_encoder, dry_run, load_samples, without_bad_media
+    from train.plan import build_encoder, dry_run, training_samples
     from train.presets import explain
-    from train.trackers import check as check_trackers
 
-    say = print if int(os.environ.get("RANK", "0")) == 0 else lambda text: None
+    say = print if int(os.environ.get("RANK", "0")) == 0 else lambda *texts, **where: None
     if args.explain:
         say(explain(args))
         return 0
-    check_trackers(args.log_to)
-    samples = load_samples(args, args.data)
-    if args.check_gold:
-        samples = without_bad_media(args, build_encoder(args), samples)
-    if args.dry_run:
-        say(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-        return 0
+    try:
+        samples = training_samples(args, say)
+        if args.dry_run:
+            say(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+            return 0
+    except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
+        say(f"train/main.py: {error}", file=sys.stderr, flush=True)
+        return 2
     return train(args, samples)
 
 

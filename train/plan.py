@@ -133,6 +133,24 @@ def load_samples(args, files: list[str]) -> list[Sample]:
     return samples
 
 
+def training_samples(args, say) -> list[Sample]:
+    """The samples of --data, checked as far as the flags ask; `say` prints what they are. Raises as load_samples and
+    trackers.check do, and ValueError for what the flags need and no sample has."""
+    from data.dataset import report
+    from train import trackers
+    from train.algorithm_flags import check_samples
+
+    trackers.check(args.log_to)  # a tracker that is not installed is said before anything is read
+    samples = load_samples(args, args.data)
+    if args.check_gold:
+        samples = without_bad_media(args, build_encoder(args), samples)
+    missing = check_samples(args, samples)
+    if missing:
+        raise ValueError("\n".join(missing))
+    say(report(samples), flush=True)
+    return samples
+
+
 def frame_cache(args):
     """The FrameCache of --cache and --cache_dir."""
     from data.frame_cache import FrameCache
