@@ -36,6 +36,34 @@ class Run:
         return self.results["benchmark"] + (f" ({variant})" if variant else "")
 
 
+def read_results(path: Path) -> dict:
+    """A results.json of an evaluation program. Raises SystemExit naming a file that is none."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(
+            f"{path}: not JSON ({error}); run the evaluation again, it goes on from its predictions"
+        ) from None
+    missing = {"benchmark", "metrics", "primary", "settings"} - set(results if isinstance(results, dict) else ())
+    if missing:
+        raise SystemExit(f"{path}: has no {', '.join(sorted(missing))}; is it of an evaluation program of ReelRL?")
+    return results
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The scored rows of a run. Raises SystemExit naming the file and line that cannot be read."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; the paired difference needs it, run the evaluation again")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "id": row["id"], "score": row["score"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}:{number}: no scored prediction ({error}); run the evaluation again") from None
+    return rows
+
+
 def find_runs(place: Path) -> list[Run]:
     """Every run folder at or below a place. Raises SystemExit naming a place that holds none."""
     folders = sorted(path.parent for path in place.rglob("results.json") if (path.parent / "run.json").is_file())
@@ -43,10 +71,9 @@ def find_runs(place: Path) -> list[Run]:
         raise SystemExit(f"{place}: no results.json with its run.json in it or below; is it a run folder?")
     runs = []
     for folder in folders:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(folder / "results.json")
         scores, videos = {}, {}
-        for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_predictions(folder / "predictions.jsonl"):
             if row["score"] is not None and not row.get("outside_primary"):
                 scores[row["id"]], videos[row["id"]] = row["score"], row.get("video") or row["id"]
         runs.append(Run(place.name, folder, results, scores, videos))

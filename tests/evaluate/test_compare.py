@@ -71,3 +71,20 @@ def test_clusters_are_the_videos_of_the_rows(tmp_path):
 def test_places_without_runs_are_named(tmp_path):
     with pytest.raises(SystemExit, match=r"no results\.json"):
         compare_runs.main([str(tmp_path), str(tmp_path)])
+
+
+def test_damaged_runs_are_named_with_their_line(tmp_path):
+    write_toy(tmp_path / "toy", clips=1, questions=2)
+    run(tmp_path / "toy", tmp_path / "one", lambda text: "A")
+    (found,) = compare_runs.find_runs(tmp_path / "one")
+    predictions, results = found.folder / "predictions.jsonl", found.folder / "results.json"
+    with open(predictions, "a") as out:
+        out.write('{"half')
+    with pytest.raises(SystemExit, match=r"predictions\.jsonl:3: no scored prediction"):
+        compare_runs.find_runs(tmp_path / "one")
+    predictions.unlink()
+    with pytest.raises(SystemExit, match=r"predictions\.jsonl: no such file"):
+        compare_runs.find_runs(tmp_path / "one")
+    results.write_text('{"benchmark": "toy"}')
+    with pytest.raises(SystemExit, match="has no metrics, primary, settings"):
+        compare_runs.find_runs(tmp_path / "one")
