@@ -264,7 +264,7 @@ def share_features(tower_features, packed, merge: int, sequence: SequenceSet) ->
 
 
 def share_groups(collected, size: int, copies: int = 1):
-    """What the ranks of a set have collected, joined in rank order, on all of them: they train on the same groups.
+    """What the ranks of a set have collected, one of each in turn, on all of them: they train on the same groups.
 
     copies: ranks of one tensor-parallel engine, which hold the same groups already. Collective over the set. Groups travel
     over the host, patches included but not what vLLM was given.
@@ -276,7 +276,14 @@ def share_groups(collected, size: int, copies: int = 1):
     everyone: list = [None] * size
     dist.all_gather_object(everyone, (light, collected.baseline_rewards), group=sequence.host)
     everyone[sequence.rank] = (collected.groups, collected.baseline_rewards)
-    parts = everyone[::copies]
-    groups = [group for part, _ in parts for group in part]
-    baselines = None if collected.baseline_rewards is None else [value for _, part in parts for value in part]
-    return replace(collected, groups=groups, baseline_rewards=baselines)
+    groups, baselines = zip(*everyone[::copies])
+    known = collected.baseline_rewards is not None
+    return replace(collected, groups=in_turn(groups), baseline_rewards=in_turn(baselines) if known else None)
+
+
+def in_turn(parts) -> list:
+    """The first of each part, then the second of each ...: [[0, 2], [1, 3]] -> [0, 1, 2, 3].
+
+    Ranks take prompts in turn, so a mini-batch is then made of the prompts that it has without sharing.
+    """
+    return [item for row in zip(*parts, strict=True) for item in row]
