@@ -52,7 +52,7 @@ class BadDataset(ValueError):
         shown = [describe_problem(problem) for problem in self.problems[:SHOWN_PROBLEMS]]
         rest = len(self.problems) - len(shown)
         if rest:
-            shown.append(f"... and {rest} more; --on_bad_sample skip --failed_file FILE goes on without them")
+            shown.append(f"... and {rest} more; --on_bad_sample skip goes on without them and lists them")
         return f"{len(self.problems)} unusable rows:\n  " + "\n  ".join(shown)
 
 
@@ -75,7 +75,7 @@ def load(
     media_dir: root of relative media paths; without it they are relative to the folder of their data file.
     check_gold: returns None, or why the gold answer of a sample cannot be read (rewards.check_gold).
     on_bad_sample: "error" raises BadDataset naming every bad row; "skip" leaves them out and lists them in
-    `failed_file` (one JSON object per line; without a file they are printed as warnings).
+    `failed_file` (one JSON object per line, added to what is there; without a file they are printed as warnings).
     field_names: our field -> the file's, e.g. {"problem": "question", "videos": "clip"}.
     Raises BadDataset, or ValueError for a file that cannot be read at all or for wrong arguments.
     """
@@ -267,13 +267,13 @@ def _problem(file: str, line: int, row_id: str, row: BadRow) -> dict[str, Any]:
 
 
 def report_failures(problems: list[dict[str, Any]], failed_file: str | None) -> None:
-    """Lists skipped rows in `failed_file` (JSON lines), or as one warning if there is no file."""
+    """Adds skipped rows to `failed_file` (JSON lines), or prints them as one warning if there is no file."""
     if failed_file is None:
         shown = "\n  ".join(describe_problem(problem) for problem in problems)
         warnings.warn(f"{len(problems)} rows skipped (--failed_file FILE keeps the list):\n  {shown}", stacklevel=3)
         return
     Path(failed_file).parent.mkdir(parents=True, exist_ok=True)
-    with open(failed_file, "w", encoding="utf-8") as out:
+    with open(failed_file, "a", encoding="utf-8") as out:
         for problem in problems:
             out.write(json.dumps({"schema_version": 1, **problem}, ensure_ascii=False) + "\n")
     warnings.warn(f"{len(problems)} rows skipped, listed in {failed_file}", stacklevel=3)

@@ -16,6 +16,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections import Counter
 from concurrent.futures import Future
 from typing import Any
@@ -204,10 +205,16 @@ def _own_scores(own: Any, jobs: list[dict[str, Any]], mode: str) -> Any:
     groups = [rows] if own.batch else [[row] for row in rows]
     place = 0
     for group in groups:
+        failure = None
         try:
             results = own(group)
-        except ValueError as error:
-            results = [{"error": str(error)}] * len(group)
+        except Exception as error:  # the user's own code may raise anything: it ends the run by name, and never scores 0
+            failure = error
+        if failure is not None:
+            text, last = str(failure), traceback.extract_tb(failure.__traceback__)[-1]
+            if not text.startswith("--reward"):
+                text = f"--reward raised {type(failure).__name__}: {text} ({last.filename}:{last.lineno})"
+            results = [{"error": text}] * len(group)
         for result in results:
             if "error" not in result and result["format"] is None:
                 extra = jobs[place]["extra"]

@@ -7,7 +7,9 @@ algorithm_flags.py beside the presets that set them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
 
 from train.algorithm_flags import add_algorithm_flags, check_algorithm_flags
@@ -18,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line. `--help` prints the groups in the order of a run: model, data, rollout, reward, update."""
     parser = argparse.ArgumentParser(
         prog="train/main.py",
+        usage="torchrun --nproc_per_node N train/main.py --model DIR --data FILE ... --output_dir DIR [flags; --help]",
         description="RL post-training of a Qwen vision-language model: torchrun --nproc_per_node N train/main.py ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -270,6 +273,9 @@ def _run_flags(group) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, apply the preset of --algorithm under the explicit flags, derive defaults, check. Exits 2 on bad flags."""
     parser = build_parser()
+    if "--explain" in (sys.argv[1:] if argv is None else argv):  # a question about an algorithm needs no model
+        for action in parser._actions:
+            action.required = False
     args = apply_preset(parser, argv)
     finish_args(args)
     problems = check_args(args, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -310,6 +316,13 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         if not condition:
             problems.append(message)
 
+    for flag in ("data_weights", "field_names"):
+        try:
+            given = json.loads(getattr(args, flag) or "{}")
+            need(isinstance(given, dict), f"--{flag} must be a JSON object, got {getattr(args, flag)}")
+        except ValueError as error:
+            problems.append(f"--{flag} is not JSON ({error}): {getattr(args, flag)}")
+    need(args.max_hours is None or args.max_hours > 0, f"--max_hours {args.max_hours} must be above 0")
     for flag in (
         "group_size",
         "prompts_per_step",

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +122,19 @@ def load(folder: Path, policy, *, critic=None) -> None:
     """Load weights, optimiser and random states on all ranks (collective).
 
     Another number of ranks than saved: weights, moments and step are cut anew (train.resharding), bit for bit; the random
-    states are those of this run's start, since a rank of the old run has no one successor.
+    states are those of this run's start, since a rank of the old run has no one successor. Raises RuntimeError naming the
+    checkpoint and the way out when a file of it is damaged.
     """
+    try:
+        _load(folder, policy, critic)
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise RuntimeError(
+            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}): remove it, and the same command takes the "
+            "one before; or name another with --resume"
+        ) from error
+
+
+def _load(folder: Path, policy, critic) -> None:
     saved = read_state(folder)["world_size"]
     for model, name in ((policy, "zero"), (critic, "critic")):
         if model is None:

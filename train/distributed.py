@@ -316,6 +316,8 @@ class StopSignal:
     def __init__(self, stop_file: str | Path | None = None):
         self.stop_file = Path(stop_file) if stop_file else None
         self.received: str | None = None
+        if self.stop_file is not None and is_main():
+            self.stop_file.unlink(missing_ok=True)  # left by an earlier run, it would stop this one after a step
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -328,6 +330,7 @@ class StopSignal:
         reason = self.received
         if reason is None and self.stop_file is not None and is_main() and self.stop_file.exists():
             reason = f"file {self.stop_file}"
+            self.stop_file.unlink(missing_ok=True)  # heeded: the same command goes on
         reasons = [f"{text} on rank {i}" for i, text in enumerate(all_gather_objects(reason)) if text]
         return reasons[0] if reasons else None
 

@@ -176,7 +176,7 @@ def build(args, samples, device, state: dict) -> Run:
     watchdog = distributed.Watchdog(default_limit_s=args.phase_limit_s)
     encoder = build_encoder(args)
     check_cache(encoder, samples)
-    held_out = load_samples(args, args.validate_data)[: args.validate_limit] if args.validate_data else []
+    held_out = load_samples(args, "validate")[: args.validate_limit] if args.validate_data else []
     updates = total_steps(args, len(samples)) * args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
     algorithm, schedule = AlgorithmState.start(args), Schedule.from_args(args, updates)
     if state:
@@ -250,7 +250,7 @@ def train(args, samples) -> int:
     run = build(args, samples, device, state)
     if resumed:
         checkpoint.load(resumed, run.policy, critic=run.critic)
-        console.say(f"resumed after step {start} from {resumed}")
+        console.say(run_log.resumed_text(folder, resumed, start, steps, vars(args)))
     if distributed.is_main():
         run_log.write_run_info(folder, vars(args), resumed_from=str(resumed) if resumed else None)
     log = run_log.RunLog(folder, resume_step=start)

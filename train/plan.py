@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
+import warnings
 from pathlib import Path
 
 from data.records import Sample
@@ -105,29 +107,42 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
 # ---- data and encoder from flags ------------------------------------------------------------------------------------
 
 
-def load_samples(args, files: list[str]) -> list[Sample]:
+def failed_list(args, role: str) -> str:
+    """The file that lists rows of --data (role "train") or --validate_data ("validate") left out of the run.
+
+    All ranks read the same rows: rank 0 lists them, the others write nowhere.
+    """
+    return str(Path(args.output_dir) / f"failed-{role}.jsonl") if int(os.environ.get("RANK", "0")) == 0 else os.devnull
+
+
+def load_samples(args, role: str = "train") -> list[Sample]:
     """Validated samples of --data or --validate_data, without those whose media preprocessing found unusable.
 
     Raises data.dataset.BadDataset, a ValueError, listing what is wrong, unless --on_bad_sample skip; then the rows are
-    listed in <output_dir>/failed.jsonl. Field names are those of --field_names.
+    listed anew in failed_list(). Field names are those of --field_names.
     """
     from data.dataset import BadDataset, load, report_failures
     from rewards import check_gold
 
-    failed_file = str(Path(args.output_dir) / "failed.jsonl")
-    samples = load(
-        files,
-        media_dir=args.media_dir,
-        check_gold=check_gold,
-        on_bad_sample=args.on_bad_sample,
-        failed_file=failed_file,
-        field_names=json.loads(args.field_names) if args.field_names else None,
-    )
+    files, listed = args.data if role == "train" else args.validate_data, failed_list(args, role)
+    if listed != os.devnull:
+        Path(listed).unlink(missing_ok=True)  # of an earlier start: the data may have been repaired since
+    with warnings.catch_warnings():
+        if listed == os.devnull:
+            warnings.simplefilter("ignore")
+        samples = load(
+            files,
+            media_dir=args.media_dir,
+            check_gold=check_gold,
+            on_bad_sample=args.on_bad_sample,
+            failed_file=listed,
+            field_names=json.loads(args.field_names) if args.field_names else None,
+        )
     samples, problems = frame_cache(args).split_failed(samples)
     if problems and args.on_bad_sample == "error":
         raise BadDataset(problems)
     if problems:
-        report_failures(problems, str(Path(args.output_dir) / "failed_media.jsonl"))
+        report_failures(problems, listed)
     if not samples:
         raise ValueError(f"no usable sample is left in {', '.join(files)}")
     return samples
@@ -137,18 +152,41 @@ def training_samples(args, say) -> list[Sample]:
     """The samples of --data, checked as far as the flags ask; `say` prints what they are. Raises as load_samples and
     trackers.check do, and ValueError for what the flags need and no sample has."""
     from data.dataset import report
+    from rewards.custom import load_reward
     from train import trackers
     from train.algorithm_flags import check_samples
 
     trackers.check(args.log_to)  # a tracker that is not installed is said before anything is read
-    samples = load_samples(args, args.data)
+    check_model_folder(args.model)
+    if args.reward:
+        load_reward(args.reward, args.reward_args)
+    samples = load_samples(args)
     if args.check_gold:
         samples = without_bad_media(args, build_encoder(args), samples)
+    if args.validate_data and (args.check_gold or args.dry_run):
+        held_out = load_samples(args, "validate")
+        if args.check_gold:
+            without_bad_media(args, build_encoder(args), held_out, "validate")
+    sample_order(args, samples)  # a column that --curriculum does not find is said now, not after the engines are built
     missing = check_samples(args, samples)
     if missing:
         raise ValueError("\n".join(missing))
     say(report(samples), flush=True)
     return samples
+
+
+def check_model_folder(model: str) -> None:
+    """Raises ValueError for a local --model that is not there or lacks what transformers and vLLM load."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith(".") or len(folder.parts) != 2:  # org/name is a name on the hub
+            raise ValueError(f"--model {model}: no such folder")
+        return
+    needed = {"config.json": ["config.json"], "weights (*.safetensors)": ["*.safetensors"]}
+    needed |= {"a tokenizer": ["tokenizer.json", "vocab.json"], "a processor": ["*processor_config.json"]}
+    absent = [name for name, patterns in needed.items() if not any(any(folder.glob(one)) for one in patterns)]
+    if absent:
+        raise ValueError(f"--model {model} lacks {', '.join(absent)}: give a whole Hugging Face folder")
 
 
 def frame_cache(args):
@@ -164,10 +202,10 @@ def check_cache(encoder, samples: list[Sample]) -> None:
         encoder.cache.check((media for sample in samples for media in sample.media), encoder.video)
 
 
-def without_bad_media(args, encoder, samples: list[Sample]) -> list[Sample]:
+def without_bad_media(args, encoder, samples: list[Sample], role: str = "train") -> list[Sample]:
     """Under --check_gold every medium is opened and every prompt counted now, instead of when its turn comes.
 
-    Raises BadDataset listing what cannot be read or is too long, or lists it in failed_media.jsonl under
+    Raises BadDataset listing what cannot be read or is too long, or lists it in failed_list() under
     --on_bad_sample skip and returns the others.
     """
     from data.dataset import BadDataset, report_failures
@@ -185,7 +223,7 @@ def without_bad_media(args, encoder, samples: list[Sample]) -> list[Sample]:
     if problems and args.on_bad_sample == "error":
         raise BadDataset(problems)
     if problems:
-        report_failures(problems, str(Path(args.output_dir) / "failed_media.jsonl"))
+        report_failures(problems, failed_list(args, role))
     return good
 
 

@@ -156,6 +156,22 @@ def write_run_info(folder: str | Path, arguments: dict[str, Any], **more: Any) -
     os.replace(temporary, path)
 
 
+def resumed_text(folder: str | Path, checkpoint: Path, step: int, steps: int, arguments: dict[str, Any]) -> str:
+    """What to say at a resume: where it goes on, each flag that differs from the last start's, and that nothing is left."""
+    lines = [f"resumed after step {step} from {checkpoint}"]
+    try:
+        before = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["starts"][-1]["arguments"]
+    except (OSError, ValueError, LookupError, TypeError):
+        before = {}
+    now = json.loads(json.dumps({name: value if _plain(value) else str(value) for name, value in arguments.items()}))
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            lines.append(f"  --{name} is now {now[name]}; it was {before[name]}")
+    if step >= steps:
+        lines.append(f"  step {step} is the last of {steps}: nothing is left to train; raise --max_steps or --epochs to go on")
+    return "\n".join(lines)
+
+
 def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_plain(item) for item in value)

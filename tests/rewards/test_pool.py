@@ -115,6 +115,23 @@ def test_own_rewards_are_checked_at_start(rewards_file, spec, arguments, words):
         load_reward(spec.format(rewards_file), arguments)
 
 
+def test_an_own_reward_that_raises_is_an_error_with_its_place_and_never_a_zero(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def mine(response, ground_truth, extra):\n"
+        "    if response == 'bad':\n"
+        "        return {}['missing']\n"
+        "    return float(response)\n"
+    )
+    with ScoringPool(workers=1, timeout_s=30, reward=f"{tmp_path}/mine.py:mine") as pool:
+        good, bad, odd, after = (pool.submit("ocr", text, "x", {}) for text in ("0.25", "bad", "nan", "1"))
+        assert good.result().accuracy == 0.25
+        with pytest.raises(ValueError, match=r"--reward raised KeyError: 'missing' \(.*mine\.py:3\)"):
+            bad.result()
+        with pytest.raises(ValueError, match="--reward returned accuracy = nan"):
+            odd.result()
+        assert after.result().accuracy == 1.0 and pool.counts["killed"] == 0
+
+
 def test_a_file_that_cannot_be_imported_names_itself(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module_here\n")
     with pytest.raises(ValueError, match=r"broken\.py cannot be imported: ModuleNotFoundError"):

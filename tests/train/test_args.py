@@ -63,6 +63,9 @@ def test_defaults_follow_other_flags(required):
         (["--validate_top_k", "0"], ["--validate_top_k"]),
         (["--freeze_vision_tower", "--freeze_merger", "--freeze_language_model"], ["nothing to train"]),
         (["--no_such_flag"], ["--no_such_flag"]),
+        (["--max_hours", "-1"], ["--max_hours -1"]),
+        (["--field_names", "{oops"], ["--field_names is not JSON", "{oops"]),
+        (["--data_weights", "[1, 2]"], ["--data_weights must be a JSON object", "[1, 2]"]),
         (["--profile_steps", "three"], ["--profile_steps", "three"]),
     ],
 )
@@ -133,6 +136,10 @@ def test_profiled_steps(required):
     assert list(profiled_steps(parse_args([*required, "--profile_steps", "3-5"]))) == [3, 4, 5]
     assert list(profiled_steps(parse_args([*required, "--profile_steps", "7"]))) == [7]
     assert list(profiled_steps(parse_args(required))) == []
+
+
+def test_explain_needs_neither_model_nor_data():
+    assert parse_args(["--explain", "--algorithm", "dapo"]).algorithm == "dapo"
 
 
 def test_every_flag_has_help():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from train import checkpoint
 
@@ -67,3 +68,17 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     (folder / "state.json").write_text(json.dumps({"version": 99}))
     with pytest.raises(ValueError, match="99"):
         checkpoint.read_state(folder)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    """A byte changed inside a file keeps its size: the reader finds it."""
+
+    class Policy:
+        def load_checkpoint(self, folder, tag):
+            torch.load(f"{folder}/shard.pt", weights_only=False)
+
+    folder = make(tmp_path, 3)
+    (folder / "zero").mkdir(exist_ok=True)
+    (folder / "zero" / "shard.pt").write_bytes(b"\xff" * 100)
+    with pytest.raises(RuntimeError, match=r"step-000003 cannot be read .*remove it.*--resume"):
+        checkpoint.load(folder, Policy())

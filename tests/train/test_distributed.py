@@ -164,10 +164,12 @@ def test_a_signal_to_one_rank_stops_both_with_status_0():
 def test_stop_file_and_sigterm(tmp_path):
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
+        (tmp_path / "stop").touch()  # left by an earlier run
         stop = distributed.StopSignal(tmp_path / "stop")
         assert stop.agreed() is None
         (tmp_path / "stop").touch()
         assert stop.agreed() == f"file {tmp_path}/stop on rank 0"
+        assert not (tmp_path / "stop").exists()  # the next start is not stopped by it
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed() == "SIGTERM on rank 0"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process

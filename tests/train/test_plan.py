@@ -1,0 +1,78 @@
+"""What a run checks before anything is built: rows left out are listed, the model folder is whole, resumes say what changed."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from train.plan import check_model_folder, load_samples
+from train.run_log import resumed_text
+
+
+def flags(tmp_path, **more) -> Namespace:
+    values = {"media_dir": None, "on_bad_sample": "skip", "field_names": None, "cache": "off", "cache_dir": None}
+    return Namespace(output_dir=str(tmp_path / "run"), **values, **more)
+
+
+def write(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = {"problem": "1 + 1?", "answer": "2", "problem_type": "numerical"}
+BAD = {"problem": "1 + 1?", "answer": "", "problem_type": "numerical"}
+
+
+def reasons(path: Path) -> list[tuple[str, int]]:
+    return [(Path(row["file"]).name, row["line"]) for row in map(json.loads, path.read_text().splitlines())]
+
+
+@pytest.mark.filterwarnings("ignore:.*rows skipped")
+def test_both_lists_of_rows_left_out_stay_and_are_made_anew(tmp_path):
+    args = flags(tmp_path)
+    args.data = [write(tmp_path / "train.jsonl", GOOD, BAD, GOOD, BAD)]
+    args.validate_data = [write(tmp_path / "held.jsonl", BAD, GOOD)]
+    assert len(load_samples(args)) == 2 and len(load_samples(args, "validate")) == 1
+    run = tmp_path / "run"
+    assert reasons(run / "failed-train.jsonl") == [("train.jsonl", 2), ("train.jsonl", 4)]
+    assert reasons(run / "failed-validate.jsonl") == [("held.jsonl", 1)]
+    write(tmp_path / "train.jsonl", GOOD, GOOD, GOOD, BAD)  # one row repaired
+    assert len(load_samples(args)) == 3
+    assert reasons(run / "failed-train.jsonl") == [("train.jsonl", 4)]
+    write(tmp_path / "train.jsonl", GOOD)
+    load_samples(args)
+    assert not (run / "failed-train.jsonl").exists()
+
+
+def test_only_rank_0_writes_lists(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setenv("RANK", "1")
+    args = flags(tmp_path, data=[write(tmp_path / "train.jsonl", GOOD, BAD)])
+    assert len(load_samples(args)) == 1
+    assert not (tmp_path / "run").exists() and not recwarn.list
+
+
+def test_a_model_folder_that_is_not_whole_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--model /no/such/place: no such folder"):
+        check_model_folder("/no/such/place")
+    check_model_folder("Qwen/Qwen3-VL-2B-Instruct")  # a name on the hub
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"lacks weights \(\*\.safetensors\), a tokenizer, a processor"):
+        check_model_folder(str(tmp_path))
+    for name in ("model-00001-of-00002.safetensors", "tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text("")
+    check_model_folder(str(tmp_path))
+
+
+def test_a_resume_says_which_flags_changed_and_that_nothing_is_left(tmp_path):
+    before = {"learning_rate": 1e-6, "seed": 0, "data": ["a.jsonl"]}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [{"arguments": before}]}))
+    said = resumed_text(tmp_path, Path("c/step-000007"), 7, 2, {"learning_rate": 1e-3, "seed": 0, "data": ["a.jsonl"]})
+    assert said.splitlines() == [
+        "resumed after step 7 from c/step-000007",
+        "  --learning_rate is now 0.001; it was 1e-06",
+        "  step 7 is the last of 2: nothing is left to train; raise --max_steps or --epochs to go on",
+    ]
+    assert resumed_text(tmp_path, Path("c/step-000007"), 7, 9, before) == "resumed after step 7 from c/step-000007"
