@@ -55,7 +55,7 @@ def test_full_size_flags_make_a_plan_for_32_ranks(launch, script, monkeypatch, t
     tiny = tiny_model("qwen3_vl")
     _, flags = launch(script, "--output_dir", str(tmp_path / "run"), MODEL=tiny)
     args = parse_args(flags)  # exits if a combination is refused
-    text = dry_run(args, load_samples(args, args.data), build_encoder(args), world_size=32)
+    text = dry_run(args, load_samples(args), build_encoder(args), world_size=32)
     per_rank = {"video_rl_qwen3_vl_8b": 8, "unified_rl_qwen3_vl_8b": 16, "hybrid_luffy": 4}[script]
     assert f"{per_rank} prompts on each of 32 replicas (32 ranks)" in text
 
