@@ -244,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         shard, shards = read_shard(args.shard)
         if not (args.samples >= 2 and 0 <= args.low < args.high <= 1):
             raise ValueError(f"need --samples {args.samples} >= 2 and 0 <= --low {args.low} < --high {args.high} <= 1")
+        (folder / "failed.jsonl").unlink(missing_ok=True)  # listed anew at each start
         samples = load(
             args.data,
             media_dir=args.media_dir,
