@@ -342,7 +342,6 @@ async def run_pipeline(
             stats.prepare_s += time.perf_counter() - started
             if frames is not None:
                 frames.use(None)
-        prompt.patches = None  # the trainer's copy of the pixels; the engine makes its own
         return prompt
 
     async def ask(sample: Sample, prompt: Prompt) -> None:

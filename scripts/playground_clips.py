@@ -226,9 +226,8 @@ def write_media(path: Path, frames: np.ndarray, fps: int, *, still: bool) -> Non
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        options = {"crf": "16", "preset": "veryfast", "threads": "1"}
         # With its vector code x264 writes other bytes for the same frames now and then; without it, never seen.
-        stream.options = options | {"x264-params": "asm=0"}
+        stream.options = {"crf": "16", "preset": "veryfast", "threads": "1", "x264-params": "asm=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

@@ -150,7 +150,7 @@ def share_scores(run: Run, scores: list) -> list:
     return all_gather_objects(scores)[run.replica * run.args.tensor_parallel]
 
 
-def build(args, samples, device, state: dict) -> Run:
+def build(args, samples, held_out, device, state: dict) -> Run:
     """Everything a run needs, in the only order that works: scorer (before CUDA and vLLM), policy, then vLLM."""
     from data.loader import PromptLoader
     from rewards.pool import ScoringPool
@@ -162,7 +162,6 @@ def build(args, samples, device, state: dict) -> Run:
         build_encoder,
         build_engine,
         check_cache,
-        load_samples,
         sample_order,
         total_steps,
         validation_budgets,
@@ -176,7 +175,6 @@ def build(args, samples, device, state: dict) -> Run:
     watchdog = distributed.Watchdog(default_limit_s=args.phase_limit_s)
     encoder = build_encoder(args)
     check_cache(encoder, samples)
-    held_out = load_samples(args, "validate")[: args.validate_limit] if args.validate_data else []
     updates = total_steps(args, len(samples)) * args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
     algorithm, schedule = AlgorithmState.start(args), Schedule.from_args(args, updates)
     if state:
@@ -225,7 +223,7 @@ def save_checkpoint(run: Run, step: int, scores: dict, *, model_only: bool) -> N
         (Path(args.output_dir) / "checkpoints" / "newest").write_text(folder.name + "\n")
 
 
-def train(args, samples) -> int:
+def train(args, samples, held_out) -> int:
     """The loop around rl_step(): validation, checkpoints, logs, signals. Returns the process's exit status."""
     import torch
 
@@ -247,7 +245,7 @@ def train(args, samples) -> int:
     stop = distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)
     console.say(f"building the policy and the rollout engine on {distributed.world_size()} rank(s), {device.type}")
-    run = build(args, samples, device, state)
+    run = build(args, samples, held_out, device, state)
     if resumed:
         checkpoint.load(resumed, run.policy, critic=run.critic)
         console.say(run_log.resumed_text(folder, resumed, start, steps, vars(args)))
@@ -327,7 +325,7 @@ def train(args, samples) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from train.plan import build_encoder, dry_run, training_samples
+    from train.plan import build_encoder, checked_samples, dry_run
     from train.presets import explain
 
     say = print if int(os.environ.get("RANK", "0")) == 0 else lambda *texts, **where: None
@@ -335,14 +333,14 @@ def main(argv: list[str] | None = None) -> int:
         say(explain(args))
         return 0
     try:
-        samples = training_samples(args, say)
+        samples, held_out = checked_samples(args, say)
         if args.dry_run:
             say(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
     except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
         say(f"train/main.py: {error}", file=sys.stderr, flush=True)
         return 2
-    return train(args, samples)
+    return train(args, samples, held_out)
 
 
 if __name__ == "__main__":

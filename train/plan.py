@@ -148,9 +148,10 @@ def load_samples(args, role: str = "train") -> list[Sample]:
     return samples
 
 
-def training_samples(args, say) -> list[Sample]:
-    """The samples of --data, checked as far as the flags ask; `say` prints what they are. Raises as load_samples and
-    trackers.check do, and ValueError for what the flags need and no sample has."""
+def checked_samples(args, say) -> tuple[list[Sample], list[Sample]]:
+    """The samples of --data and of --validate_data (up to --validate_limit), checked as far as the flags ask; `say` prints
+    what the first are. Raises as load_samples and trackers.check do, and ValueError for what the flags need and no
+    sample has."""
     from data.dataset import report
     from rewards.custom import load_reward
     from train import trackers
@@ -161,18 +162,17 @@ def training_samples(args, say) -> list[Sample]:
     if args.reward:
         load_reward(args.reward, args.reward_args)
     samples = load_samples(args)
+    held_out = load_samples(args, "validate") if args.validate_data else []
     if args.check_gold:
-        samples = without_bad_media(args, build_encoder(args), samples)
-    if args.validate_data and (args.check_gold or args.dry_run):
-        held_out = load_samples(args, "validate")
-        if args.check_gold:
-            without_bad_media(args, build_encoder(args), held_out, "validate")
+        encoder = build_encoder(args)
+        samples = without_bad_media(args, encoder, samples, "train")
+        held_out = without_bad_media(args, encoder, held_out, "validate")
     sample_order(args, samples)  # a column that --curriculum does not find is said now, not after the engines are built
     missing = check_samples(args, samples)
     if missing:
         raise ValueError("\n".join(missing))
     say(report(samples), flush=True)
-    return samples
+    return samples, held_out[: args.validate_limit]
 
 
 def check_model_folder(model: str) -> None:
@@ -202,7 +202,7 @@ def check_cache(encoder, samples: list[Sample]) -> None:
         encoder.cache.check((media for sample in samples for media in sample.media), encoder.video)
 
 
-def without_bad_media(args, encoder, samples: list[Sample], role: str = "train") -> list[Sample]:
+def without_bad_media(args, encoder, samples: list[Sample], role: str) -> list[Sample]:
     """Under --check_gold every medium is opened and every prompt counted now, instead of when its turn comes.
 
     Raises BadDataset listing what cannot be read or is too long, or lists it in failed_list() under
@@ -210,8 +210,6 @@ def without_bad_media(args, encoder, samples: list[Sample], role: str = "train")
     """
     from data.dataset import BadDataset, report_failures
 
-    if not args.check_gold:
-        return samples
     good, problems = [], []
     for sample in samples:
         try:

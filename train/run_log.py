@@ -143,7 +143,7 @@ def write_run_info(folder: str | Path, arguments: dict[str, Any], **more: Any) -
         {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "arguments": {name: value if _plain(value) else str(value) for name, value in sorted(arguments.items())},
+            "arguments": _recorded(arguments),
             "versions": versions(),
             "git": git_id(),
             "ranks": distributed.world_size(),
@@ -163,13 +163,18 @@ def resumed_text(folder: str | Path, checkpoint: Path, step: int, steps: int, ar
         before = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["starts"][-1]["arguments"]
     except (OSError, ValueError, LookupError, TypeError):
         before = {}
-    now = json.loads(json.dumps({name: value if _plain(value) else str(value) for name, value in arguments.items()}))
+    now = json.loads(json.dumps(_recorded(arguments)))
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
             lines.append(f"  --{name} is now {now[name]}; it was {before[name]}")
     if step >= steps:
         lines.append(f"  step {step} is the last of {steps}: nothing is left to train; raise --max_steps or --epochs to go on")
     return "\n".join(lines)
+
+
+def _recorded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Flags as run.json has them."""
+    return {name: value if _plain(value) else str(value) for name, value in sorted(arguments.items())}
 
 
 def _plain(value: Any) -> bool:
