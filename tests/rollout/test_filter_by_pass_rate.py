@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,12 +17,9 @@ PROGRAM = ROOT / "scripts" / "filter_by_pass_rate.py"
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("filter_by_pass_rate", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    first = sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return module
+    from scripts import filter_by_pass_rate
+
+    return filter_by_pass_rate
 
 
 def write_data(folder: Path, count: int = 6) -> Path:

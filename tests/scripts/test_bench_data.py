@@ -1,6 +1,5 @@
 """scripts/bench_data.py: its clips are what they are said to be, and a short run measures both sides on equal frames."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,12 +16,9 @@ PROGRAM = ROOT / "scripts" / "bench_data.py"
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("bench_data", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    first = sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return module
+    from scripts import bench_data
+
+    return bench_data
 
 
 def test_clips_of_any_length_are_regular(program, tmp_path):

@@ -1,8 +1,6 @@
 """scripts/convert_dataset.py: rows as Video-R1 and OneThinker store them become rows that the reader accepts."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from data.dataset import load
 from rewards import check_gold
 
-ROOT = Path(__file__).resolve().parents[2]
 VIDEO_R1 = [
     {
         "problem_id": 2, "problem": "What appears on the screen?", "data_type": "video",
@@ -64,12 +61,9 @@ BROKEN = [
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("convert_dataset", ROOT / "scripts" / "convert_dataset.py")
-    module = importlib.util.module_from_spec(spec)
-    first = sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return module
+    from scripts import convert_dataset
+
+    return convert_dataset
 
 
 @pytest.fixture

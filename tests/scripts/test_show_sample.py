@@ -1,8 +1,6 @@
 """scripts/show_sample.py draws the very frames the model sees, each under its time."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +9,12 @@ from PIL import Image
 
 from tests.data.clips import make_clip, read_number
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("show_sample", ROOT / "scripts" / "show_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    first = sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return module
+    from scripts import show_sample
+
+    return show_sample
 
 
 @pytest.fixture
