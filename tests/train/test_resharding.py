@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from torch import tensor
 
 from tests.tiny_models import tiny_model
 from tests.train import run_main
+from tests.train.run_ranks import run_ranks
 from train.checkpoint import dealt
 from train.resharding import check_same_parameters, piece_length, recut, recut_optimizer
 
@@ -79,20 +77,7 @@ def test_waiting_groups_are_dealt_anew():
 
 
 def launch(ranks: int, *words: str) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        str(PROGRAM),
-    ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *words], env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(PROGRAM, ranks, *words)
     return torch.load(words[3])
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from transformers import AutoConfig
 
 from tests.tiny_models import tiny_model
 from tests.train import run_main
+from tests.train.run_ranks import run_ranks
 from train.group_attention import Layout, Packed
 from train.sequence_parallel import (
     SequenceSet,
@@ -102,21 +100,8 @@ def test_shared_groups_come_in_the_order_of_the_prompts():
 
 
 def launch(ranks: int, out: Path, *families: str) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        str(PROGRAM),
-    ]
     words = [word for family in families for word in (family, tiny_model(family))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(out), *words], env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(PROGRAM, ranks, out, *words)
     return json.loads(out.read_text())
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.tiny_models import tiny_model
+from tests.train.run_ranks import run_ranks
 
 PROGRAM = Path(__file__).with_name("sharding_run.py")
 
@@ -18,11 +16,7 @@ PROGRAM = Path(__file__).with_name("sharding_run.py")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharding") / "seen.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(PROGRAM)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [tiny_model("qwen3_vl"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(PROGRAM, 4, tiny_model("qwen3_vl"), out)
     return torch.load(out)
 
 
