@@ -282,10 +282,15 @@ def report_failures(problems: list[dict[str, Any]], failed_file: str | None) -> 
 def _make_ids_unique(samples: list[Sample]) -> None:
     """A second sample of the same id gets its file and line appended (data sets number their rows from 0 each)."""
     seen: set[str] = set()
+    again: list[str] = []
     for sample in samples:
         if sample.id in seen:
+            again.append(sample.id)
             sample.id = f"{sample.id}@{sample.file}:{sample.line}"
         seen.add(sample.id)
+    if again:
+        text = f"{len(again)} rows share an id with an earlier one (first: {again[0]}); theirs got @file:line"
+        warnings.warn(text, stacklevel=3)
 
 
 def file_weights(files: list[str]) -> dict[str, float] | None:

@@ -95,6 +95,8 @@ def _read_jsonl(file: str):
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
+                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise ValueError(f"{file}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue

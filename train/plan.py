@@ -159,6 +159,8 @@ def checked_samples(args, say) -> tuple[list[Sample], list[Sample]]:
 
     trackers.check(args.log_to)  # a tracker that is not installed is said before anything is read
     check_model_folder(args.model)
+    if args.attention != "auto" and not args.dry_run:  # a plan may be made on another machine than the run's
+        check_attention(args)
     if args.reward:
         load_reward(args.reward, args.reward_args)
     samples = load_samples(args)
@@ -173,6 +175,17 @@ def checked_samples(args, say) -> tuple[list[Sample], list[Sample]]:
         raise ValueError("\n".join(missing))
     say(report(samples), flush=True)
     return samples, held_out[: args.validate_limit]
+
+
+def check_attention(args) -> None:
+    """Raises ValueError if --attention cannot run on this machine: said before the data are read and the engines built."""
+    import torch
+
+    from train.group_attention import choose_attention
+    from train.policy import resolve_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(args.attention, device, resolve_dtype(args.dtype, device))
 
 
 def check_model_folder(model: str) -> None:

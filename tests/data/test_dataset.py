@@ -164,7 +164,15 @@ def test_media_dir_field_names_and_foreign_caches(folder, tmp_path):
 def test_ids_become_unique(folder):
     one = write(folder / "one.jsonl", [{**ROW, "problem_id": 0}, {**ROW, "problem_id": 0}])
     two = write(folder / "two.jsonl", [{**ROW, "problem_id": 0}])
-    assert [sample.id for sample in load([one, two])] == ["0", f"0@{one}:2", f"0@{two}:1"]
+    with pytest.warns(UserWarning, match=r"2 rows share an id with an earlier one \(first: 0\); theirs got @file:line"):
+        assert [sample.id for sample in load([one, two])] == ["0", f"0@{one}:2", f"0@{two}:1"]
+
+
+def test_utf_16_is_one_message_not_one_per_line(folder):
+    path = folder / "wide.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"wide\.jsonl: is UTF-16; convert it to UTF-8"):
+        load([str(path)])
 
 
 def test_json_lists_know_their_lines(folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.plan import check_model_folder, load_samples
+from train.plan import check_attention, check_model_folder, load_samples
 from train.run_log import resumed_text
 
 
@@ -52,6 +52,13 @@ def test_only_rank_0_writes_lists(tmp_path, monkeypatch, recwarn):
     args = flags(tmp_path, data=[write(tmp_path / "train.jsonl", GOOD, BAD)])
     assert len(load_samples(args)) == 1
     assert not (tmp_path / "run").exists() and not recwarn.list
+
+
+def test_attention_that_cannot_run_here_is_refused_before_the_data_are_read(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_attention(Namespace(attention="sdpa", dtype="auto"))
+    with pytest.raises(ValueError, match="--attention flash2 needs CUDA; on a CPU use --attention sdpa"):
+        check_attention(Namespace(attention="flash2", dtype="auto"))
 
 
 def test_a_model_folder_that_is_not_whole_is_named(tmp_path):
