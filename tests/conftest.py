@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
+os.environ["REELRL_PYTEST"] = str(os.getpid())  # inherited by whatever a test starts, however deep
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """After a test that failed (a time limit, say) its processes end too: ranks that nobody waits for any more would
+    take the cores from the tests after it."""
+    began, failures = time.time(), item.session.testsfailed
+    result = yield
+    if item.session.testsfailed > failures:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                mark = process.environ().get("REELRL_PYTEST")
+                if mark == os.environ["REELRL_PYTEST"] and process.create_time() >= began - 1:
+                    process.kill()
+    return result
 
 
 def write_clip(path: Path, *, width: int, height: int, frames: int, fps: int, seed: int = 0) -> str:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.run_ranks import run_ranks
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 
 
 def launch(model_dir, out, *flags):
     out.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(PROGRAM)]
-    command += ["--model", model_dir, "--out", str(out), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(PROGRAM, 2, "--model", model_dir, "--out", out, *flags)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

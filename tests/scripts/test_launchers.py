@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.run_ranks import run_within
 from tests.tiny_models import tiny_model
 from tests.train import run_main
 from train.args import parse_args
@@ -114,10 +115,9 @@ def test_playground_twin_takes_two_steps(playground, tmp_path, script):
     settings = {"PLAYGROUND": str(playground), "RUN": str(output), "REELRL_VENV": sys.prefix}
     small = ["--prompts_per_step", "4", "--prompts_per_update", "2" if script.startswith("unified") else "4"]
     small += ["--max_response_tokens", "12", "--max_steps", "2", "--validate_limit", "4", "--save_every", "2"]
-    done = subprocess.run(
-        ["bash", f"scripts/{script}.sh", *small, "--reward", f"{playground / 'reward.py'}:spread"],
-        cwd=ROOT, env=run_main.environment() | settings, timeout=1800,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    done = run_within(
+        800, ["bash", f"scripts/{script}.sh", *small, "--reward", f"{playground / 'reward.py'}:spread"],
+        cwd=ROOT, env=run_main.environment() | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     rows = run_main.metrics(output)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.run_ranks import run_within
+
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = '''
 def spread(response, ground_truth, extra):
@@ -42,11 +44,11 @@ def command(playground: Path, output: Path, *flags: str, ranks: int = 2) -> list
     ]
 
 
-def run(playground: Path, output: Path, *flags: str, ranks: int = 2, timeout_s: float = 420) -> str:
+def run(playground: Path, output: Path, *flags: str, ranks: int = 2, timeout_s: float = 600) -> str:
     """Run to the end; its console output. Fails the test with the output if the exit status is not 0."""
-    done = subprocess.run(
-        command(playground, output, *flags, ranks=ranks), cwd=ROOT, env=environment(), timeout=timeout_s,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    done = run_within(
+        timeout_s, command(playground, output, *flags, ranks=ranks), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout

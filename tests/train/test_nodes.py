@@ -27,7 +27,7 @@ def test_two_agents_equal_one_agent_with_two_ranks(tmp_path):
     playground = run_main.make_playground(tmp_path / "playground")
     flags = ("--max_steps", "2", "--prompts_per_update", "2", "--check_parity")
     one, two = tmp_path / "one", tmp_path / "two"
-    run_main.run(playground, one, *flags, timeout_s=1800)
+    run_main.run(playground, one, *flags)
     command = run_main.command(playground, two, *flags)
     program = command[command.index("train/main.py") :]
     place = {"NNODES": "2", "RANKS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -42,7 +42,7 @@ def test_two_agents_equal_one_agent_with_two_ranks(tmp_path):
             agents.append(subprocess.Popen(launch, cwd=run_main.ROOT, env=settings, **out))
             logs.append(log)
         for agent, log in zip(agents, logs):
-            assert agent.wait(timeout=1800) == 0, log.read_text()[-4000:]
+            assert agent.wait(timeout=800) == 0, log.read_text()[-4000:]
     finally:
         for agent in agents:
             if agent.poll() is None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import tensor
 
+from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
 from tests.train import run_main
-from tests.train.run_ranks import run_ranks
 from train.checkpoint import dealt
 from train.resharding import check_same_parameters, piece_length, recut, recut_optimizer
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_one_and_with_three_ranks(tmp_path):
     playground = run_main.make_playground(tmp_path / "playground")
     flags = ("--prompts_per_step", "6", "--save_every", "2", "--keep_last", "0", "--check_parity")
     straight = tmp_path / "straight"
-    run_main.run(playground, straight, *flags, "--max_steps", "3", ranks=2, timeout_s=1800)
+    run_main.run(playground, straight, *flags, "--max_steps", "3", ranks=2)
     wanted = run_main.metrics(straight, reproducible=True)[2]
     middle = straight / "checkpoints" / "step-000002"
     for ranks in (1, 3):
@@ -134,7 +134,6 @@ def test_a_run_goes_on_with_one_and_with_three_ranks(tmp_path):
             "--resume",
             str(middle),
             ranks=ranks,
-            timeout_s=1800,
         )
         assert "resumed after step 2" in said
         (row,) = run_main.metrics(tmp_path / str(ranks), reproducible=True)

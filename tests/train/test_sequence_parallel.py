@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
 from tests.train import run_main
-from tests.train.run_ranks import run_ranks
 from train.group_attention import Layout, Packed
 from train.sequence_parallel import (
     SequenceSet,
@@ -131,7 +131,7 @@ def test_a_run_with_cut_sequences_equals_one_without(tmp_path):
     flags = ("--max_steps", "1", "--check_parity", "--save_every", "0")
     runs = {size: tmp_path / f"cut{size}" for size in (1, 2)}
     for size, output in runs.items():
-        run_main.run(playground, output, *flags, "--sequence_parallel", str(size), timeout_s=1800)
+        run_main.run(playground, output, *flags, "--sequence_parallel", str(size))
     plain, cut = (run_main.metrics(output, reproducible=True) for output in runs.values())
     for one, other in zip(plain, cut):
         assert one.keys() == other.keys()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
-from tests.train.run_ranks import run_ranks
 
 PROGRAM = Path(__file__).with_name("sharding_run.py")
 
