@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nor depend on how this host's name resolves
 os.environ["REELRL_PYTEST"] = str(os.getpid())  # inherited by whatever a test starts, however deep
 
 
@@ -28,6 +29,16 @@ def pytest_runtest_protocol(item):
                 if mark == os.environ["REELRL_PYTEST"] and process.create_time() >= began - 1:
                     process.kill()
     return result
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    """A codec made the whole run real-time once, and ranks that poll then starved the others for an hour."""
+    yield
+    found = os.sched_getscheduler(0)
+    if found != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        pytest.fail(f"left pytest in scheduling class {found}, which all later processes inherit")
 
 
 def write_clip(path: Path, *, width: int, height: int, frames: int, fps: int, seed: int = 0) -> str:

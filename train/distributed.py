@@ -54,6 +54,9 @@ def init(timeout_s: float = 1800.0, device: str = "auto") -> torch.device:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and sys.platform == "linux":
+        # One host: gloo would otherwise look up its name, which on many machines leads nowhere, or to a slow time-out.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = datetime.timedelta(seconds=timeout_s)
     if device == "cuda":
         if local_rank() >= torch.cuda.device_count():

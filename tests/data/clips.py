@@ -6,6 +6,7 @@ scaling or colour conversion flips a bar, and no code under test is needed to re
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 
 import av
@@ -72,6 +73,10 @@ def make_clip(
     if sound is not None:
         _write_sound(out, sound, frames / float(fps))
     out.close()
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # As root, SVT-AV1 makes its caller a real-time thread (FIFO, 99). Every process that later tests start would
+        # inherit that, and ranks that wait by polling would then keep all others off the cores.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return str(path)
 
 
