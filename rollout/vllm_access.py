@@ -174,6 +174,17 @@ def repack_head(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def clear_deepstack(llm) -> None:
+    """Zeros into the tensors through which Qwen3-VL's decoder gets the tower's deeper features; call after sleep level 2.
+
+    They are neither parameters nor buffers, so waking gives them memory of any content. The decoder adds them to tokens
+    of text, too, and vLLM clears no more of them than the last video used.
+    """
+    with torch.inference_mode():
+        for features in getattr(model_of(llm), "deepstack_input_embeds", None) or ():
+            features.zero_()
+
+
 def reset_caches(llm) -> None:
     """Forget everything computed with the old weights: prefix blocks, encoder outputs, processed media."""
     if llm.reset_prefix_cache() is False:

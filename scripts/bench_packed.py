@@ -177,15 +177,19 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
         layer.gradient_checkpointing = False
     lm_forward, conv_forward = hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward
     vision_default = hf.model.visual.config._attn_implementation
+    decoder = hf.model.language_model
+    deepstack = decoder._deepstack_process
     varlen = device.type == "cuda" and dtype == torch.bfloat16
     model = PackedModel(hf, normalisation=NORMALISATION, vision_varlen=varlen, fused=args.fused)
     ours = (hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward, hf.model.visual.config._attn_implementation)
+    ours_deepstack = decoder._deepstack_process
 
     def use(library: bool) -> None:
         head, conv, vision = (lm_forward, conv_forward, vision_default) if library else ours
         hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward = head, conv
         hf.model.visual.config._attn_implementation = vision
-        hf.model.language_model.config._attn_implementation = "sdpa" if library else PACKED
+        decoder._deepstack_process = deepstack if library else ours_deepstack
+        decoder.config._attn_implementation = "sdpa" if library else PACKED
 
     def ours_run(backend: str, rows: bool):
         def run() -> float:
