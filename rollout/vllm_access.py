@@ -42,7 +42,9 @@ def installed_version() -> tuple[int, ...]:
         found = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
         if found[:2] < OLDEST:
             # 0.25 drops the outer vision markers of a Qwen3-VL video: prompts of two ids less than the trainer's.
-            raise ImportError(f"{package} {text} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that ReelRL runs with")
+            raise ImportError(
+                f"{package} {text} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that ReelRL runs with"
+            )
         if found[:2] > NEWEST:
             warnings.warn(
                 f"{package} {text} is newer than the newest that ReelRL was run with ({NEWEST[0]}.{NEWEST[1]}); "

@@ -54,6 +54,7 @@ from scripts.bench_models import (
     ClipShape,
     load_one,
     make_clips,
+    model_folder,
     save_model_folder,
     store_floats,
 )
@@ -308,7 +309,7 @@ def build(flags: Namespace) -> Bench:
     distributed.init_deepspeed(device)
     clips = distributed.broadcast_object(clips)
     say("making the model")
-    model_dir = str(folder / f"qwen3_vl_{flags.size}_{'bf16' if device.type == 'cuda' else 'fp32'}")
+    model_dir = str(model_folder(folder, flags.size, device.type))
     if local == 0:
         save_model_folder(flags.size, Path(model_dir), str(device))
         free_memory()
