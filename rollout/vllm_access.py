@@ -30,6 +30,10 @@ def prepare_environment() -> None:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc passes an iterator, within this process
     }.items():
         os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        # vLLM turns frames into patches with as many threads, one if this is unset: a second and more per long clip,
+        # between two decoding steps. torchrun sets it to 1 where several ranks start and nobody else has set it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def installed_version() -> tuple[int, ...]:

@@ -197,12 +197,19 @@ def status_of(stage: Stage, out: Path, state: dict, gpus: list[tuple[str, float]
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def run_command(command: list[str], log: Path, limit_s: float) -> int | None:
+def threads_for(ranks: int) -> dict[str, str]:
+    """The environment of a stage: torchrun would give each of several ranks one thread, and vLLM one for its patches."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+
+
+def run_command(command: list[str], log: Path, limit_s: float, ranks: int = 1) -> int | None:
     """Exit status of a program whose output goes to the log; None if it was ended after limit_s, with all its children."""
     with log.open("ab") as output:
         output.write(f"\n$ {shlex.join(command)}\n".encode())
         output.flush()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=threads_for(ranks), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
         try:
             return process.wait(timeout=max(1.0, limit_s))
         except subprocess.TimeoutExpired:
@@ -245,7 +252,7 @@ def run_stage(stage: Stage, ranks: int, out: Path, work: Path, state: dict, left
         shown.append(template.format(python="python", out="OUT", work="WORK", ranks=ranks, left=int(seconds)))
         record["commands"] = shown
         write_json(str(out / "gpu.json"), state)  # a session that is cut off here knows what it was doing
-        status = run_command(shlex.split(command), out / "gpu.log", seconds)
+        status = run_command(shlex.split(command), out / "gpu.log", seconds, ranks)
         if status != 0:
             break
     keep_end(out / "gpu.log", LOG_BYTES)

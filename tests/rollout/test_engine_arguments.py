@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,16 @@ def test_linear_attention_takes_kernels_that_need_no_compiler(asked):
     assert asked("qwen3_5")["gdn_prefill_backend"] == "triton"
     assert "gdn_prefill_backend" not in asked("qwen3_vl")
     assert asked("qwen3_5", engine_args={"gdn_prefill_backend": "flashinfer"})["gdn_prefill_backend"] == "flashinfer"
+
+
+def test_frames_become_patches_with_all_threads(monkeypatch):
+    """vLLM takes the number from the environment, and one thread where it finds none. The user's own number stays."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for given, cuda, expected in (({}, True, "7"), ({"OMP_NUM_THREADS": "3"}, True, "3"), ({}, False, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(os, "environ", dict(given))
+        vllm_access.prepare_environment()
+        assert os.environ.get("OMP_NUM_THREADS") == expected
 
 
 def test_engine_seed_is_numpys_too_and_is_given_back():

@@ -134,6 +134,14 @@ def alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
+def test_ranks_share_the_cores_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(bench_gpu.os, "cpu_count", lambda: 32)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [bench_gpu.threads_for(ranks)["OMP_NUM_THREADS"] for ranks in (1, 4, 64)] == ["32", "8", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert bench_gpu.threads_for(4)["OMP_NUM_THREADS"] == "3"
+
+
 def test_a_program_ends_with_its_children(tmp_path):
     (tmp_path / "sleeps.py").write_text(SLEEPS)
     command = [sys.executable, str(tmp_path / "sleeps.py"), str(tmp_path / "child.txt")]
@@ -159,7 +167,7 @@ def test_what_a_stage_that_was_cut_short_is(tmp_path, monkeypatch, name, limit_s
     stage = replace(program(name, "", tmp_path, **measured), limit_s=limit_s)
     out, given = tmp_path / "out", []
 
-    def cut(command, log, seconds):
+    def cut(command, log, seconds, ranks):
         given.append(seconds)
         if measures:
             (out / "slow.json").write_text(json.dumps({"runs": {"g": [1]}}))
