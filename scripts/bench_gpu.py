@@ -72,6 +72,7 @@ def step(name: str, size: str, steps: dict[str, int], what: str, needs_s: float,
     launch = "{python}" if ranks == (1,) else "{python} -m torch.distributed.run --standalone --nproc_per_node {ranks}"
     result = result or f"step-{size}.json"
     most = max(steps.values())
+    more = f"{more} --profile g".strip() if name.startswith("step-") else more  # what limits (g) is seen, not guessed
     levers = max((count for name, count in steps.items() if name in "cdef"), default=1)
     command = (
         f"{launch} scripts/bench_step.py --size {size} --variants {' '.join(steps)} --steps {most} --lever_steps {levers} "

@@ -42,6 +42,9 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--clips", type=int, default=6, help="different clips")
     parser.add_argument("--budget_s", type=float, default=None, help="seconds after which no further step is started")
     parser.add_argument(
+        "--profile", nargs="*", choices=NAMES, default=[], help="variants whose update is profiled at the end"
+    )
+    parser.add_argument(
         "--once_rows", type=int, default=None, help="d: rows per tower call; default G (2b), 4 (4b, 8b)"
     )
     parser.add_argument("--recipe_frames", choices=("float", "uint8"), default="float", help="what a and b give vLLM")
@@ -115,6 +118,7 @@ def open_results(flags: Namespace) -> dict:
         "skipped": {},
         "failed": {},
         "notes": {},
+        "profile": {},
         "summary": {},
     }
     if not flags.out or not os.path.exists(flags.out):
@@ -123,7 +127,7 @@ def open_results(flags: Namespace) -> dict:
     other = {k: v for k, v in found["settings"].items() if fresh["settings"].get(k) != v}
     if other:
         raise ValueError(f"--out {flags.out} was made with {other}: take another file, or the same flags")
-    return found | {"skipped": {}, "failed": {}}
+    return fresh | found | {"skipped": {}, "failed": {}}
 
 
 def package_versions() -> dict[str, str]:
