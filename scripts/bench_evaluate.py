@@ -190,6 +190,7 @@ def main() -> int:
         # vLLM's encoder cache has as many tokens: a clip with more of them would be refused.
         flags += ["--max_num_batched_tokens", str(max(8192, args.max_model_len))]
         if args.cached:
+            (folder / "cache").mkdir()
             flags += ["--cache_dir", str(folder / "cache")]
         run_args = build_parser(Benchmark(name="bench", title="bench", load=lambda a: [])).parse_args(flags)
         figures = asyncio.run(measure(args, run_args, questions(folder, args.clips, args.questions)))
