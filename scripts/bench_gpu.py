@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20  # what is kept of gpu.log
 MARGIN_S = 12.0  # between the end of a stage and the end of the budget
 STEP_PACKAGES = ("vllm", "deepspeed", "av", "decord", "qwen_vl_utils", "xxhash")
-RUN_PACKAGES = ("pytest", "vllm", "deepspeed", "av", "xxhash")
+RUN_PACKAGES = ("pytest", "vllm", "deepspeed", "av", "xxhash", "rich")
 
 
 @dataclass(frozen=True)
