@@ -23,6 +23,7 @@ from rollout.weight_sync import expected_names, sync_weights
 NEVER = float("-inf")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos")
 GIB = 1 << 30
+KV_GIVEN_SHARE = 0.02  # gpu_memory_utilization where the KV cache's size is given and it decides nothing
 
 
 class PromptMismatch(RuntimeError):
@@ -36,7 +37,8 @@ class RolloutEngine:
     end a response. dtype: "bf16" or "fp32". tensor_parallel: ranks per engine; these ranks must call everything with
     the same arguments. max_model_len: prompt and response tokens. kv_cache_gib: needed on CPU (0.25 if None); on CUDA
     it replaces gpu_memory_utilization's arithmetic. seed: of the run. rollout_seed: "request" makes every response a
-    function of (seed, step, sample id, slot); "engine" seeds the sampler once per call, which keeps it batched on CUDA.
+    function of (seed, step, sample id, slot); "engine" seeds the sampler once per call, which keeps it batched in vLLM's
+    older model runner (the newer one, which dense models get on CUDA, is batched either way).
     sleep_level: 0 never sleeps, 1 keeps vLLM's weights in host memory, 2 drops them (a sync must follow).
     `limit_media`: most images and videos of one prompt. `engine_args`: passed to vllm.LLM as they are.
 
@@ -104,7 +106,13 @@ class RolloutEngine:
         if kv_bytes is not None:
             arguments["kv_cache_memory_bytes"] = kv_bytes
         if on_cuda:
-            arguments["gpu_memory_utilization"] = gpu_memory_utilization
+            # vLLM refuses to start where this share of the device is not free, even if the cache's size is given: the
+            # trainer's states are there already, so a given size must not depend on it.
+            arguments["gpu_memory_utilization"] = gpu_memory_utilization if kv_bytes is None else KV_GIVEN_SHARE
+            # vLLM's encoder cache has as many tokens, and a video with more of them is refused at its first request.
+            arguments["max_num_batched_tokens"] = max(max_model_len, 16384)
+            if encoder.family == "qwen3_5":
+                arguments["gdn_prefill_backend"] = "triton"  # Hopper's default is compiled by nvcc at the first prompt
         else:
             arguments["skip_mm_profiling"] = True  # memory is not what limits a CPU run, start-up time is
             # A prompt that is processed in two parts makes vLLM turn back its seeded generator, which torch's CPU
@@ -215,16 +223,20 @@ class RolloutEngine:
         return _hash(self.seed, step, prompt.sample.id, salt) % 2**48
 
     def _seed_engine(self, step: int, salt: str):
-        """rollout_seed "engine": seed the generator that vLLM samples from; returns what gives it back to the
-        trainer."""
+        """rollout_seed "engine": seed the generators that vLLM samples from; returns what gives them back to the
+        trainer. Its older model runner draws from torch's, the newer one (dense models on CUDA) takes a seed per request
+        from NumPy's."""
         if self.rollout_seed == "request":
             return lambda: None
-        state = torch.get_rng_state()
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()
         cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        torch.manual_seed(_hash(self.seed, step, f"replica {self.replica}", salt) % 2**48)
+        seed = _hash(self.seed, step, f"replica {self.replica}", salt) % 2**48
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
 
         def restore() -> None:
             torch.set_rng_state(state)
+            np.random.set_state(numpy_state)
             if cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state)
 
@@ -264,6 +276,8 @@ class RolloutEngine:
             return
         torch.cuda.empty_cache()
         self.llm.wake_up(tags=tags)
+        if "weights" in tags and self.sleep_level == 2:
+            vllm_access.clear_deepstack(self.llm)
         for tag in tags:
             self._asleep[tag] = False
 

@@ -30,6 +30,10 @@ def prepare_environment() -> None:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc passes an iterator, within this process
     }.items():
         os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        # vLLM turns frames into patches with as many threads, one if this is unset: a second and more per long clip,
+        # between two decoding steps. torchrun sets it to 1 where several ranks start and nobody else has set it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def installed_version() -> tuple[int, ...]:
@@ -42,7 +46,9 @@ def installed_version() -> tuple[int, ...]:
         found = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
         if found[:2] < OLDEST:
             # 0.25 drops the outer vision markers of a Qwen3-VL video: prompts of two ids less than the trainer's.
-            raise ImportError(f"{package} {text} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that ReelRL runs with")
+            raise ImportError(
+                f"{package} {text} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that ReelRL runs with"
+            )
         if found[:2] > NEWEST:
             warnings.warn(
                 f"{package} {text} is newer than the newest that ReelRL was run with ({NEWEST[0]}.{NEWEST[1]}); "
@@ -172,6 +178,17 @@ def repack_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def clear_deepstack(llm) -> None:
+    """Zeros into the tensors through which Qwen3-VL's decoder gets the tower's deeper features; call after sleep level 2.
+
+    They are neither parameters nor buffers, so waking gives them memory of any content. The decoder adds them to tokens
+    of text, too, and vLLM clears no more of them than the last video used.
+    """
+    with torch.inference_mode():
+        for features in getattr(model_of(llm), "deepstack_input_embeds", None) or ():
+            features.zero_()
 
 
 def reset_caches(llm) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -172,8 +173,10 @@ def main() -> int:
     width, height = map(int, args.size.split("x"))
     with tempfile.TemporaryDirectory(prefix="bench_evaluate_") as place:
         folder = Path(place)
-        for clip in range(args.clips):
-            write_clip(folder / f"{clip:03d}.mp4", clip, args.seconds, width, height)
+        with ThreadPoolExecutor(min(args.clips, os.cpu_count() or 1)) as pool:
+            list(pool.map(
+                lambda clip: write_clip(folder / f"{clip:03d}.mp4", clip, args.seconds, width, height), range(args.clips)
+            ))  # fmt: skip
         flags = ["--model", args.model, "--max_frames", str(args.frames), "--fps", str(args.frames / args.seconds)]
         flags += [
             "--video_max_pixels",
@@ -184,7 +187,10 @@ def main() -> int:
             args.dtype,
         ]
         flags += ["--max_model_len", str(args.max_model_len)]
+        # vLLM's encoder cache has as many tokens: a clip with more of them would be refused.
+        flags += ["--max_num_batched_tokens", str(max(8192, args.max_model_len))]
         if args.cached:
+            (folder / "cache").mkdir()
             flags += ["--cache_dir", str(folder / "cache")]
         run_args = build_parser(Benchmark(name="bench", title="bench", load=lambda a: [])).parse_args(flags)
         figures = asyncio.run(measure(args, run_args, questions(folder, args.clips, args.questions)))

@@ -1,17 +1,25 @@
 """What scripts/bench_step.py runs on: a Qwen3-VL of a published size with random weights, and real H.264 clips.
 
+    python scripts/bench_models.py --size 2b --work_dir DIR     # the model folder alone; prints its path
+
 Everything is made on the spot, nothing is downloaded. Folders and clips that exist already are used again.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
 import json
 import multiprocessing
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -70,6 +78,11 @@ def save_model_folder(size: str, folder: Path, device: str) -> str:
     make_processor(tokenizer).save_pretrained(folder)
     done.write_text("")
     return str(folder)
+
+
+def model_folder(work_dir: Path, size: str, device: str) -> Path:
+    """Where the model of this size lies: bf16 on CUDA, fp32 on CPU."""
+    return work_dir / f"qwen3_vl_{size}_{'bf16' if device.startswith('cuda') else 'fp32'}"
 
 
 def write_clip(path: str, shape: ClipShape, seed: int) -> str:
@@ -182,3 +195,18 @@ def write_json(path: str, content: dict) -> None:
     draft = f"{path}.tmp-{os.getpid()}"
     Path(draft).write_text(json.dumps(content, indent=1))
     os.replace(draft, path)
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "2b", "4b", "8b"), required=True, help="shape of the Qwen3-VL")
+    parser.add_argument("--work_dir", required=True, help="folder to make it in")
+    flags = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(save_model_folder(flags.size, model_folder(Path(flags.work_dir), flags.size, device), device))
+
+
+if __name__ == "__main__":
+    main()

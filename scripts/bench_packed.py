@@ -177,15 +177,19 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
         layer.gradient_checkpointing = False
     lm_forward, conv_forward = hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward
     vision_default = hf.model.visual.config._attn_implementation
+    decoder = hf.model.language_model
+    deepstack = decoder._deepstack_process
     varlen = device.type == "cuda" and dtype == torch.bfloat16
     model = PackedModel(hf, normalisation=NORMALISATION, vision_varlen=varlen, fused=args.fused)
     ours = (hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward, hf.model.visual.config._attn_implementation)
+    ours_deepstack = decoder._deepstack_process
 
     def use(library: bool) -> None:
         head, conv, vision = (lm_forward, conv_forward, vision_default) if library else ours
         hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward = head, conv
         hf.model.visual.config._attn_implementation = vision
-        hf.model.language_model.config._attn_implementation = "sdpa" if library else PACKED
+        decoder._deepstack_process = deepstack if library else ours_deepstack
+        decoder.config._attn_implementation = "sdpa" if library else PACKED
 
     def ours_run(backend: str, rows: bool):
         def run() -> float:
@@ -209,8 +213,9 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
     return variants, hf
 
 
-def check(variants: dict, hf) -> None:
-    """Print loss and gradients of each variant against the last one (the plainest)."""
+def check(variants: dict, hf) -> dict[str, dict[str, float]]:
+    """Print loss and gradients of each variant against the last one (the plainest) -> their distances."""
+    distances = {}
     reference_name = list(variants)[-1]
     names = [reference_name, *[name for name in variants if name != reference_name]]
     reference: dict[str, torch.Tensor] = {}
@@ -227,6 +232,7 @@ def check(variants: dict, hf) -> None:
             for n, p in hf.named_parameters()
         }
         worst = max(errors, key=errors.get)
+        distances[name] = {"median": statistics.median(errors.values()), "max": errors[worst]}
         q_proj = next(error for n, error in errors.items() if "layers.0.self_attn.q_proj.weight" in n)
         print(
             f"check {name}: loss {loss:.6f}; gradients differ from {reference_name} by median "
@@ -234,6 +240,7 @@ def check(variants: dict, hf) -> None:
             flush=True,
         )
     hf.zero_grad(set_to_none=True)
+    return distances
 
 
 def measure(variants: dict, hf, args, device, flops: float) -> list[dict]:
@@ -264,7 +271,9 @@ def measure(variants: dict, hf, args, device, flops: float) -> list[dict]:
         mfu = f"{flops / median / peak_flops:6.1%}" if peak_flops else "   n/a"
         spread = f"{min(values):.3f}-{max(values):.3f}"
         peak = f"{peaks[name]:9.1f}" if cuda else "      n/a"
-        print(f"{name:16} {median:9.3f} {spread:>15} {slowest / median:8.2f}x {flops / median / 1e12:8.2f} {mfu} {peak}")
+        print(
+            f"{name:16} {median:9.3f} {spread:>15} {slowest / median:8.2f}x {flops / median / 1e12:8.2f} {mfu} {peak}"
+        )
         rows.append({"variant": name, "median_s": median, "times_s": values, "peak_gib": peaks[name] if cuda else None})
     return rows
 
@@ -344,7 +353,9 @@ def main() -> None:
     parser.add_argument("--group_size", type=int, default=8, help="responses")
     parser.add_argument("--response_tokens", type=int, default=None, help="of each; default 400, tiny 40")
     parser.add_argument("--ragged", action="store_true", help="log-normal lengths around that median")
-    parser.add_argument("--fused", action="store_true", help="compiled norms, rotations and gated products (train/fused.py)")
+    parser.add_argument(
+        "--fused", action="store_true", help="compiled norms, rotations and gated products (train/fused.py)"
+    )
     parser.add_argument("--kept_layers", type=int, default=0, help="last decoder layers that are not recomputed")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs per variant")
     parser.add_argument("--rows", action=argparse.BooleanOptionalAction, default=True, help="also our kernels in rows")
@@ -376,10 +387,12 @@ def main() -> None:
     if args.zero3:
         return run_zero3(args, config, device, dtype, group, flops)
     variants, hf = make_variants(args, config, device, dtype, group)
-    check(variants, hf)
+    gradients = check(variants, hf)
     rows = measure(variants, hf, args, device, flops)
     if args.out:
-        Path(args.out).write_text(json.dumps({"flops": flops, "args": vars(args), "variants": rows}, indent=1))
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        content = {"flops": flops, "device": name, "args": vars(args), "gradients": gradients, "variants": rows}
+        Path(args.out).write_text(json.dumps(content, indent=1))
     return None
 
 

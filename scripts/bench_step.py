@@ -54,6 +54,7 @@ from scripts.bench_models import (
     ClipShape,
     load_one,
     make_clips,
+    model_folder,
     save_model_folder,
     store_floats,
 )
@@ -90,6 +91,7 @@ class Bench:
     engine: object
     shape: object
     seconds: dict  # phase -> seconds of the running step
+    profiler: object = None  # of the running step's update, if that is asked for
 
 
 @contextmanager
@@ -102,11 +104,16 @@ def phase(bench: Bench, name: str):
     wait = torch.cuda.synchronize if bench.device.type == "cuda" else lambda: None
     wait()
     distributed.barrier(f"before {name}")
+    watching = bench.profiler if name == "update" else None
+    if watching:
+        watching.start()
     began = time.perf_counter()
     yield
     wait()
     distributed.barrier(f"after {name}")
     bench.seconds[name] = bench.seconds.get(name, 0.0) + time.perf_counter() - began
+    if watching:
+        watching.stop()
 
 
 # ---- training side --------------------------------------------------------------------------------------------------
@@ -308,7 +315,7 @@ def build(flags: Namespace) -> Bench:
     distributed.init_deepspeed(device)
     clips = distributed.broadcast_object(clips)
     say("making the model")
-    model_dir = str(folder / f"qwen3_vl_{flags.size}_{'bf16' if device.type == 'cuda' else 'fp32'}")
+    model_dir = str(model_folder(folder, flags.size, device.type))
     if local == 0:
         save_model_folder(flags.size, Path(model_dir), str(device))
         free_memory()
@@ -465,6 +472,32 @@ def one_step(bench: Bench, name: str, number: int, warm: set[str], results: dict
         return None
 
 
+def profile_updates(bench: Bench, results: dict) -> None:
+    """--profile: one more step of these variants, and the longest kernels of its update (on a CPU: operators)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from train import distributed
+
+    flags, cuda = bench.flags, bench.device.type == "cuda"
+    for name in flags.profile:
+        if name not in results["runs"] or name in results["failed"] or name in results["profile"]:
+            continue
+        left = float("inf") if flags.budget_s is None else flags.budget_s - (time.monotonic() - BEGAN)
+        if distributed.broadcast_object(left < 2 * results["runs"][name][-1]["step_s"]):
+            results["skipped"][f"profile of {name}"] = f"{left:.0f} s of --budget_s left"
+            continue
+        bench.profiler = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+        record, profiler = one_step(bench, name, 0, {name}, results), bench.profiler
+        bench.profiler = None
+        if record is None:  # the variant's own steps are measured
+            results["notes"][f"profile of {name}"] = results["failed"].pop(name)
+            continue
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
+        results["profile"][name] = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
+        say(f"update of {name}:\n{results['profile'][name]}")
+        save(flags, results)
+
+
 def main() -> None:
     flags = parse_flags(__doc__)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -472,6 +505,7 @@ def main() -> None:
     bench = build(flags)
     results["host"] = host_facts()
     measure(bench, results)
+    profile_updates(bench, results)
     results["summary"] = summarise(results)
     save(flags, results)
     if os.environ.get("RANK", "0") == "0":

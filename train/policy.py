@@ -393,8 +393,17 @@ def _sequence_set(model_dir: str, args) -> SequenceSet | None:
     return sequence_set(size)
 
 
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Buffers of all submodules onto `device`. DeepSpeed moves none of a model that was sharded as it was built, and one
+    that stays on the host is copied, with a wait for the GPU, at every use. Parameters, ZeRO-3's, stay as they are."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
+
+
 def _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation, value_head=None) -> PackedModel:
-    return PackedModel(
+    packed = PackedModel(
         hf,
         normalisation=normalisation or read_normalisation(model_dir),
         banned_ids=tuple(banned_ids),
@@ -403,6 +412,8 @@ def _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation, val
         value_head=value_head,
         fused=device.type == "cuda" and getattr(args, "fused", False),
     )
+    buffers_to(packed, device)
+    return packed
 
 
 def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic: bool) -> Policy:

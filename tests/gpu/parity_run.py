@@ -12,15 +12,18 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import fcntl
 import json
 import os
+from contextlib import contextmanager
 
 import torch
 
 from data.encode import Encoder
 from data.records import Group, Media, Sample
+from rollout import vllm_access
 from rollout.engine import RolloutEngine
-from tests.train.policy_run import make_args, weighted
+from tests.train.policy_run import make_args
 from train import distributed
 from train.policy import build_policy
 
@@ -53,6 +56,20 @@ def gap(policy, groups) -> float:
     return float(torch.cat([(scored[i, : len(row)].cpu() - row).abs() for i, row in enumerate(sampled)]).mean())
 
 
+def weighted(logprobs, tokens: float):
+    """A loss whose weight of a token depends on its place."""
+    places = 1.0 + torch.arange(logprobs.shape[1], device=logprobs.device)[None, :] / 10
+    return -(logprobs * places).sum() / tokens
+
+
+@contextmanager
+def alone(folder: Path):
+    """One program at a time in here: vLLM's sleep ends the process if the device's free memory falls meanwhile."""
+    with (folder / "device.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def used_gib() -> float:
     if not torch.cuda.is_available():
         return 0.0
@@ -69,10 +86,15 @@ def main() -> None:
     encoder = Encoder(model_dir, video=VIDEO, image=IMAGE, style="direct")
     args = make_args(model_dir, dtype="auto", attention=attention, vision_learning_rate=None, merger_learning_rate=None)
     policy = build_policy(args, device=device, banned_ids=encoder.visual_token_ids)
-    engine = RolloutEngine(
-        model_dir, encoder=encoder, dtype="bf16" if cuda else "fp32", max_model_len=1024, max_num_seqs=16,
-        kv_cache_gib=2.0 if cuda else 0.0625, gpu_memory_utilization=0.1, enforce_eager=True, seed=3,
-    )  # fmt: skip
+    vllm_access.prepare_environment()
+    from vllm import LLM  # noqa: F401 - most of an engine's start is this import, which need not be alone
+
+    turn = Path(out).parent
+    with alone(turn):
+        engine = RolloutEngine(
+            model_dir, encoder=encoder, dtype="bf16" if cuda else "fp32", max_model_len=1024, max_num_seqs=16,
+            kv_cache_gib=2.0 if cuda else 0.0625, enforce_eager=True, seed=3,
+        )  # fmt: skip
     engine.sync(policy.named_tensors())
     first = {name: tensor.cpu() for name, tensor in policy.named_tensors()}
     prompts = [encoder.encode(make_sample(Path(media_folder), names, i)) for i, names in enumerate(MIXES)]
@@ -82,9 +104,10 @@ def main() -> None:
     seen["gap_at_start"] = gap(policy, groups)
     start = [(r.token_ids, r.rollout_logprobs) for group in groups for r in group.responses]
 
-    awake = used_gib()
-    engine.sleep()
-    asleep = used_gib()
+    with alone(turn):
+        awake = used_gib()
+        engine.sleep()
+        asleep = used_gib()
     tokens = float(sum(len(r.token_ids) for group in groups for r in group.responses))
     for _ in range(3):
         logprobs, _ = policy.logprobs(groups, temperature=TEMPERATURE)
@@ -93,7 +116,8 @@ def main() -> None:
     seen["gap_of_old_responses"] = gap(policy, groups)  # the policy has moved away from what was sampled
     engine.wake(weights=True, kv=False)
     seen["synced"] = engine.sync(policy.named_tensors(1 << 16))
-    engine.wake(weights=False, kv=True)
+    with alone(turn):
+        engine.wake(weights=False, kv=True)
     seen["awake_gib"], seen["asleep_gib"], seen["awake_again_gib"] = awake, asleep, used_gib()
     seen["gap_after_sync"] = gap(policy, sample(engine, prompts, 1))
 

@@ -24,6 +24,7 @@ from train.group_attention import (
     varlen_packed,
 )
 from train.packed_model import PackedModel
+from train.policy import buffers_to
 from train.token_logprobs import chunked_logprobs
 from train.vision import normalise, patch_embedding_as_matmul, read_normalisation
 
@@ -375,3 +376,17 @@ def test_backends_that_cannot_run_are_refused():
         choose_attention("varlen", torch.device("cuda"), torch.float32)
     with pytest.raises(ValueError, match="'xformers' is not one of"):
         choose_attention("xformers", CPU, torch.float32)
+
+
+def test_buffers_go_where_the_model_runs_and_parameters_stay():
+    """Under ZeRO-3 nobody else moves them: the ids that are never sampled would stay on the host."""
+    inner = torch.nn.Linear(3, 5)
+    inner.register_buffer("banned", torch.tensor([4, 2]), persistent=False)
+    inner.register_buffer("nothing", None)
+    outer = torch.nn.Sequential(inner, torch.nn.BatchNorm1d(5))
+    buffers_to(outer, torch.device("meta"))
+    assert {name: buffer.device.type for name, buffer in outer.named_buffers()} == {
+        "0.banned": "meta", "1.running_mean": "meta", "1.running_var": "meta", "1.num_batches_tracked": "meta",
+    }  # fmt: skip
+    assert {parameter.device.type for parameter in outer.parameters()} == {"cpu"}
+    assert inner.banned.shape == (2,) and inner.banned.dtype == torch.int64 and inner.nothing is None
