@@ -55,7 +55,7 @@ def find_annotations(data_dir: str | Path, names: tuple[str, ...], explicit: str
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a .json (list, or object of lists / rows), .jsonl or .parquet file, optionally .xz.
+    """Rows of a .json (list of rows, or one row), .jsonl or .parquet file, optionally .xz.
 
     Each row gets `_line`: its line in a .jsonl file, else its place in the list counted from 1.
     Raises AnnotationError with file and line for text that is not JSON or a row that is not an object.
@@ -74,7 +74,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise AnnotationError(f"{path} cannot be read: {error}") from error
     rows: list[Any] = []
     if ".jsonl" in path.name:
-        for line, content in enumerate(text.splitlines(), 1):
+        for line, content in enumerate(text.split("\n"), 1):  # splitlines() would cut strings that hold U+2028
             if not content.strip():
                 continue
             try:
@@ -121,6 +121,9 @@ def toolkit_sample(row: dict[str, Any], file: str | Path, *, source: str = "", s
         problem_type = canonical_problem_type(row["problem_type"])
     except ValueError as error:
         raise AnnotationError(f"{where}: {error}") from error
+    for name in ("path", "image_path"):
+        if not isinstance(row.get(name) or "", str):
+            raise AnnotationError(f"{where}: field {name!r} must be a path, got {row[name]!r:.80}")
     media = []
     if row.get("path"):
         media.append(Media("video", path=row["path"]))

@@ -183,10 +183,10 @@ class BytesGate:
 
 
 class SharedFrames:
-    """The frame cache as the encoder sees it, with the frames of the clip at hand kept for its next question.
+    """The frame cache as the encoder sees it, with what it told about the clip at hand kept for its next question.
 
-    The loader sets `scope` (a dict that lives as long as the clip is being prepared) in its own thread; everything else
-    is the cache's business.
+    The loader sets `scope` (a dict that lives as long as the clip is being prepared) in its own thread. A plan reads
+    every packet of an uncached file, so that it is as much worth keeping as the frames; the rest is the cache's business.
     """
 
     def __init__(self, cache: Any):
@@ -196,12 +196,22 @@ class SharedFrames:
         self._local.scope = scope
 
     def frames(self, media: Any, settings: Any) -> Any:
-        scope = getattr(self._local, "scope", None)
+        return self._once("frames", media, settings)
+
+    def plan(self, media: Any, settings: Any) -> Any:
+        return self._once("plan", media, settings)
+
+    def key(self, media: Any, settings: Any) -> str:
+        return self._once("key", media, settings)
+
+    def _once(self, what: str, media: Any, settings: Any) -> Any:
+        scope, ask = getattr(self._local, "scope", None), getattr(self._cache, what)
         if scope is None:
-            return self._cache.frames(media, settings)
-        if (media, settings) not in scope:
-            scope[media, settings] = self._cache.frames(media, settings)
-        return scope[media, settings]
+            return ask(media, settings)
+        name = (what, media, settings)
+        if name not in scope:
+            scope[name] = ask(media, settings)
+        return scope[name]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

@@ -6,16 +6,17 @@ Imported only when a model is used, so that scoring again and dry runs need neit
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from data.decode import backend_problem
 from data.encode import Encoder
 from data.frame_cache import FrameCache
 from data.records import Sample
 from data.video import MediaError
-from evaluate._engine import AsyncVllm, Engine, Limits, SharedFrames
-from evaluate._run import sampling_of
+from evaluate._engine import AsyncVllm, Engine, Limits, LoaderThreads, SharedFrames
+from evaluate._flags import sampling_of
 
 
 def on_gpu() -> bool:
@@ -26,6 +27,10 @@ def on_gpu() -> bool:
 
 def build_encoder(args: argparse.Namespace, style: str, template: str | None) -> tuple[Encoder, SharedFrames]:
     """The encoder of the model folder with the run's budgets, and the shared frames it reads through."""
+    if problem := backend_problem(args.decoder):
+        raise ValueError(f"--decoder {args.decoder}: {problem}; install it or use --decoder pyav")
+    if args.preprocess_only:
+        os.makedirs(args.cache_dir, exist_ok=True)
     frames = SharedFrames(FrameCache(args.cache_dir, args.cache if args.cache_dir else "off"))
     encoder = Encoder(
         args.model,
@@ -37,6 +42,8 @@ def build_encoder(args: argparse.Namespace, style: str, template: str | None) ->
             "max_pixels": args.video_max_pixels,
             "total_pixels": args.total_pixels,
             "resize": args.resize,
+            "sampling": args.sampling,
+            "backend": args.decoder,
         },
         image={"max_pixels": args.image_max_pixels},
         cache=frames,
@@ -77,9 +84,15 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
         if args.kv_cache_gib:
             chosen["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
     else:
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
         chosen["enforce_eager"] = True
         chosen["kv_cache_memory_bytes"] = int((args.kv_cache_gib or 1) * 2**30)
         chosen["skip_mm_profiling"] = True  # memory is not what limits a CPU run
+        if args.tensor_parallel == 1:
+            # vLLM would put its only worker into a process of its own; the two then wait for each other by polling
+            # shared memory, which keeps a second core busy that the loaders need.
+            chosen["distributed_executor_backend"] = UniProcExecutor
         if sampling_of(args)["temperature"] > 0 and args.max_model_len and not args.max_num_batched_tokens:
             # A prompt computed in parts makes vLLM turn back its seeded generator, which torch's CPU one cannot do.
             chosen["enable_chunked_prefill"] = False
@@ -114,20 +127,27 @@ def limits_of(args: argparse.Namespace) -> Limits:
 def preprocess(
     encoder: Encoder, frames: SharedFrames, samples: list[Sample], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """--preprocess_only: every distinct video into the frame cache; prints how many and which failed."""
-    if not args.cache_dir:
-        raise SystemExit("--preprocess_only needs --cache_dir")
-    videos = {medium: None for sample in samples for medium in sample.media if medium.kind == "video"}
+    """--preprocess_only: every distinct video into the frame cache; prints how many and which failed.
 
-    def decode(medium) -> str | None:
-        try:
-            frames.frames(medium, encoder.video)
-        except (MediaError, OSError) as error:
-            return str(error)
-        return None
+    A video that is not decoded within --decode_timeout_s counts as failed; the others go on.
+    """
+    videos = list({medium: None for sample in samples for medium in sample.media if medium.kind == "video"})
+    waiting, threads, problems = iter(videos), LoaderThreads(args.loaders), []
 
-    with ThreadPoolExecutor(args.loaders) as pool:
-        problems = [problem for problem in pool.map(decode, videos) if problem]
+    async def one_loader() -> None:
+        for medium in waiting:
+            try:
+                await threads.run(frames.frames, medium, encoder.video, timeout_s=args.decode_timeout_s)
+            except TimeoutError:
+                problems.append(f"{medium.path}: not decoded within {args.decode_timeout_s:g} s")
+            except (MediaError, OSError) as error:
+                problems.append(str(error))
+
+    async def all_loaders() -> None:
+        await asyncio.gather(*(one_loader() for _ in range(args.loaders)))
+
+    asyncio.run(all_loaders())
+    threads.close(args.loaders)
     for problem in problems:
         print(f"not cached: {problem}")
     print(f"{len(videos) - len(problems)} of {len(videos)} videos are in {args.cache_dir}")

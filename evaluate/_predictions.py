@@ -27,9 +27,13 @@ ANSWER_SOURCES = (
     "data/records.py",
     "data/prompts.py",
     "data/video.py",
+    "data/decode.py",
     "data/frame_cache.py",
+    "data/frame_file.py",
+    "data/positions.py",
     "data/encode.py",
     "evaluate/_engine.py",
+    "evaluate/_models.py",
     "evaluate/_annotations.py",
 )
 IDENTITY_FILES = (
@@ -43,6 +47,10 @@ IDENTITY_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+
+
+class DamagedRow(ValueError):
+    """A line of a predictions file, other than a last one cut by a kill, that is no row."""
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -107,7 +115,7 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
     """Sample id -> row, over predictions.jsonl and the files of all ranks.
 
     A last line cut by a kill is left out: its sample counts as missing. The first row of an id is kept.
-    Raises ValueError naming file and line for damage anywhere else.
+    Raises DamagedRow naming file and line for damage anywhere else.
     """
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("predictions*.jsonl")):
@@ -120,7 +128,9 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 if number == len(lines):
                     continue
-                raise ValueError(f"{path}:{number}: damaged row ({error}); delete that line to redo it") from error
+                raise DamagedRow(f"{path}:{number}: damaged row ({error}); delete that line to redo it") from error
+            if not isinstance(row, dict) or "id" not in row:
+                raise DamagedRow(f"{path}:{number}: a row without an id; delete that line to redo it")
             rows.setdefault(row["id"], row)
     return rows
 

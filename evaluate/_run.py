@@ -24,107 +24,12 @@ from data.records import Sample
 from evaluate import _predictions as store
 from evaluate._annotations import AnnotationError, resolve_media, unique_ids
 from evaluate._engine import Engine, run_pipeline
+from evaluate._flags import build_parser, check_args, sampling_of
 from evaluate._known_bad import mark_known_bad
 from evaluate._scoring import FAILURES, Answer, Benchmark, score_row, summarize
 from evaluate._wording import joined
 
-PRESETS = {  # sampling of the model cards; explicit flags win
-    "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": -1},
-    "qwen2-vl": {"temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.0},
-    "qwen2.5-vl": {"temperature": 1e-6, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.05},
-    "qwen3-vl-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
-    "qwen3-vl-thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
-    "qwen3.5-thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
-    "qwen3.5-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
-}
 VERBATIM = str(Path(__file__).with_name("verbatim.jinja"))
-
-
-def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=benchmark.title, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("what")
-    group.add_argument("--model", help="Hugging Face folder (base model or exported checkpoint)")
-    group.add_argument("--data_dir", default="benchmarks", help="folder of annotation files and media")
-    group.add_argument("--annotations", help="annotation file, if it lies elsewhere or has another name")
-    group.add_argument("--media_dir", help="folder that relative media paths start from (tried before data_dir)")
-    group.add_argument("--output_dir", default="runs/evaluate", help="parent of the run folders")
-    group.add_argument("--run_dir", help="use exactly this run folder; refused if it holds a run with other settings")
-    group.add_argument("--protocol", choices=("official", "easyvideor1"), default="official", help="metric definitions")
-    group.add_argument(
-        "--prompt",
-        default=benchmark.default_prompt or ("official" if "official" in benchmark.prompts else "direct"),
-        choices=[*benchmark.prompts, "direct", "think"],
-        help="official wordings, or the project's own prompts as used in training",
-    )
-    group.add_argument("--prompt_template", help="Jinja2 file for the whole user text (with --prompt direct or think)")
-    group.add_argument("--limit", type=int, help="only the first N samples (a folder of its own)")
-    group.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap")
-    group.add_argument("--retry_failed", action="store_true", help="try rows that failed once more")
-    group = parser.add_argument_group("how far")
-    group.add_argument("--dry_run", action="store_true", help="load, check and show two prompts; no model, no decoding")
-    group.add_argument("--preprocess_only", action="store_true", help="decode every video into --cache_dir, then stop")
-    group.add_argument(
-        "--score_only", action="store_true", help="score the folder's predictions again, without a model"
-    )
-    group.add_argument("--strict", action="store_true", help="exit with 3 if any sample failed")
-    group = parser.add_argument_group("frames")
-    group.add_argument("--fps", type=float, default=2.0, help="frames per second to sample")
-    group.add_argument("--min_frames", type=int, default=4, help="fewest frames of a video")
-    group.add_argument("--max_frames", type=int, default=256, help="most frames of a video")
-    group.add_argument("--video_min_pixels", type=int, default=4096, help="fewest pixels of a frame")
-    group.add_argument("--video_max_pixels", type=int, default=262144, help="most pixels of a frame")
-    group.add_argument("--total_pixels", type=int, default=33554432, help="most pixels of all frames of a video")
-    group.add_argument(
-        "--resize", choices=("exact", "native"), default="exact", help="bicubic in float32, or uint8 (fast)"
-    )
-    group.add_argument("--image_max_pixels", type=int, default=1048576, help="most pixels of an image")
-    group.add_argument("--cache", choices=("prefer", "require", "off"), default="prefer", help="use of the frame cache")
-    group.add_argument("--cache_dir", help="frame cache of data/preprocess.py")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--preset", choices=tuple(PRESETS), default="greedy", help="sampling of a model card")
-    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int), ("presence_penalty", float)):
-        group.add_argument(f"--{name}", type=kind, help="overrides the preset")
-    group.add_argument("--max_response_tokens", type=int, default=2048, help="answer budget")
-    group.add_argument("--max_prompt_tokens", type=int, help="longer prompts are failures with that reason")
-    group.add_argument("--thinking", choices=("on", "off", "default"), default="default", help="chat template's switch")
-    group.add_argument("--thinking_budget", type=int, help="tokens of reasoning before a conclusion is forced")
-    group.add_argument("--answer_budget", type=int, default=1024, help="tokens after a forced conclusion")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--dtype", default="auto", help="vLLM dtype")
-    group.add_argument("--tensor_parallel", type=int, default=1, help="GPUs per engine")
-    group.add_argument("--data_parallel", type=int, default=1, help="engines, each with its share of the videos")
-    group.add_argument("--max_model_len", type=int, help="vLLM context length; the model's own if left out")
-    group.add_argument("--max_num_seqs", type=int, default=32, help="requests that run together")
-    group.add_argument("--max_num_batched_tokens", type=int, help="tokens per engine step (chunked prefill)")
-    group.add_argument("--gpu_memory_utilization", type=float, default=0.85, help="share of GPU memory for vLLM")
-    group.add_argument("--kv_cache_gib", type=float, help="KV cache size (CPU: 1 unless given)")
-    group.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs")
-    group.add_argument("--trust_remote_code", action="store_true", help="let the model folder run its own code")
-    group = parser.add_argument_group("pipeline")
-    group.add_argument("--loaders", type=int, default=min(8, os.cpu_count() or 2), help="decoding threads")
-    group.add_argument("--max_concurrent", type=int, help="requests in the engine; 2 * max_num_seqs if left out")
-    group.add_argument("--in_flight_gib", type=float, default=8.0, help="bound on pixels between decoding and answer")
-    group.add_argument("--decode_timeout_s", type=float, default=600.0, help="limit per video")
-    group.add_argument("--request_timeout_s", type=float, default=3600.0, help="limit per answer")
-    group = parser.add_argument_group("judge (open-ended answers)")
-    group.add_argument("--judge_url", help="OpenAI-compatible endpoint")
-    group.add_argument("--judge_model", help="model name at the endpoint, or a folder to load after the answers")
-    group.add_argument("--judge_labels", help="labelled JSONL {question, gold, answer, label}: agreement is reported")
-    if benchmark.flags is not None:
-        benchmark.flags(parser)
-    parser.set_defaults(**benchmark.defaults)
-    return parser
-
-
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of vLLM's SamplingParams."""
-    chosen = dict(PRESETS[args.preset])
-    for name in ("temperature", "top_p", "top_k", "presence_penalty"):
-        if getattr(args, name) is not None:
-            chosen[name] = getattr(args, name)
-    return {**chosen, "max_tokens": args.max_response_tokens, "seed": args.seed}
 
 
 def load_samples(benchmark: Benchmark, args: argparse.Namespace) -> tuple[list[Sample], list[Sample], list[str]]:
@@ -174,6 +79,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def storage_of(args: argparse.Namespace) -> str:
+    """How the frame cache keeps its frames: "raw", or a lossy storage, whose pixels differ from decoded ones."""
+    if args.cache_dir is None or args.cache == "off":
+        return "raw"
+    from data.frame_cache import mark_cache
+
+    return mark_cache(args.cache_dir)[1]
+
+
 def settings_of(
     benchmark: Benchmark, args: argparse.Namespace, samples: list[Sample], prompts: dict[str, Sample]
 ) -> dict[str, Any]:
@@ -185,6 +99,7 @@ def settings_of(
     ]
     texts = [(s.id, prompts[s.id].question, prompts[s.id].options, s.problem_type) for s in samples]
     frames = ("fps", "min_frames", "max_frames", "video_min_pixels", "video_max_pixels", "total_pixels", "resize")
+    frames += ("sampling", "decoder", "image_max_pixels", "max_prompt_tokens")
     named = ("protocol", "prompt", "limit", "thinking", "thinking_budget", "dtype", "max_model_len")
     return {
         "benchmark": benchmark.name,
@@ -192,7 +107,7 @@ def settings_of(
         "model": store.model_identity(args.model),
         **{name: getattr(args, name) for name in named},
         "answer_budget": args.answer_budget if args.thinking_budget else None,
-        "frames": {name: getattr(args, name) for name in (*frames, "image_max_pixels", "max_prompt_tokens")},
+        "frames": {**{name: getattr(args, name) for name in frames}, "stored": storage_of(args)},
         "sampling": sampling_of(args),
         "prompts": store.digest([style, template and store.file_digest(template), texts]),
         "media": store.digest(media),
@@ -205,6 +120,12 @@ def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[s
     """The run folder, made if it is new. Raises AnnotationError when --run_dir holds a run with other settings."""
     if args.run_dir is None:
         folder = store.run_folder(args.output_dir, benchmark.name, args.model, settings)
+        if args.score_only and not (folder / "run.json").is_file():
+            others = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
+            raise AnnotationError(
+                f"--score_only: no run with these settings ({folder}); name its folder with --run_dir, which works "
+                f"without --model too. There are: {', '.join(others) or 'none'}"
+            )
     else:
         folder = Path(args.run_dir)
         if (folder / "run.json").is_file():
@@ -223,6 +144,30 @@ def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[s
             {"model": str(args.model), "settings": settings, "flags": vars(args), "made_at": time.time()},
         )
     return folder
+
+
+def stored_run(run_dir: str) -> dict[str, Any]:
+    """run.json of a run folder. Raises AnnotationError if there is none."""
+    try:
+        return json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise AnnotationError(f"--run_dir {run_dir} is not a run folder ({error})") from error
+
+
+def limit_of_run(args: argparse.Namespace) -> int | None:
+    """--limit, or else that of the run to be scored: samples that were never asked are not missing."""
+    return stored_run(args.run_dir)["settings"].get("limit") if args.limit is None else args.limit
+
+
+def folder_to_score(benchmark: Benchmark, args: argparse.Namespace) -> Path:
+    """The folder of --score_only --run_dir. How its answers were made is as run.json says, whatever the code and model
+    folder are by now; only what decides the score must be what the flags say. Raises AnnotationError."""
+    held = stored_run(args.run_dir)["settings"]
+    now = {"benchmark": benchmark.name, "variant": benchmark.variant(args), "protocol": args.protocol}
+    changed = [f"{name} {held.get(name)!r}, asked {value!r}" for name, value in now.items() if held.get(name) != value]
+    if changed:
+        raise AnnotationError(f"--run_dir {args.run_dir} holds another run: {'; '.join(changed)}")
+    return Path(args.run_dir)
 
 
 def dry_run(benchmark: Benchmark, args: argparse.Namespace, kept, excluded, absent) -> int:
@@ -269,12 +214,13 @@ def main(
     """Runs a benchmark program; the exit status. Tests bring their own engine and encoder."""
     parser = build_parser(benchmark)
     args = parser.parse_args(arguments)
-    if args.model is None and not args.dry_run:
-        parser.error("--model is needed (a Hugging Face folder); without one only --dry_run works")
+    check_args(parser, args)
     if args.data_parallel > 1 and "RANK" not in os.environ:
         return launch(args, sys.argv[1:] if arguments is None else arguments)
     rank, world = rank_and_world()
     try:
+        if args.score_only and args.run_dir:
+            args.limit = limit_of_run(args)
         kept, excluded, absent = load_samples(benchmark, args)
         if args.dry_run:
             return dry_run(benchmark, args, kept, excluded, absent)
@@ -286,27 +232,32 @@ def main(
                 "Give their folder with --media_dir"
             )
         prompts = prompt_samples(benchmark, args, kept)
-        settings = settings_of(benchmark, args, kept, prompts)
-        folder = open_folder(benchmark, args, settings)
-    except (AnnotationError, BlockingIOError) as error:
+        if args.score_only and args.run_dir:
+            folder = folder_to_score(benchmark, args)
+        else:
+            folder = open_folder(benchmark, args, settings_of(benchmark, args, kept, prompts))
+        store.read_predictions(folder)  # damage is told now, not after the answers
+    except (AnnotationError, store.DamagedRow) as error:
         print(f"{benchmark.name}: {error}", file=sys.stderr)
         return 2
     if absent and rank == 0:
         print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
     stats: dict[str, Any] = {}
     if not args.score_only:
-        if args.retry_failed and rank == 0 and world == 1:
+        if args.retry_failed:
             done = store.read_predictions(folder)
             store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
         try:
             stats = answer_missing(benchmark, args, folder, kept, prompts, (rank, world), make_engine, make_encoder)
-        except BlockingIOError as error:
+        except (BlockingIOError, AnnotationError) as error:
             print(f"{benchmark.name}: {error}", file=sys.stderr)
             return 2
         if args.preprocess_only:
             return 0
-    if rank == 0 and world > 1 and not args.score_only:
-        wait_for_ranks(folder, {sample.id for sample in kept})
+    if rank == 0 and not args.score_only:
+        if world > 1:
+            wait_for_ranks(folder, {sample.id for sample in kept})
+        store.merge_ranks(folder)  # with one rank: what a killed run of several left
     if rank == 0:
         return finish(benchmark, args, folder, kept, excluded, stats)
     return 0
@@ -328,7 +279,10 @@ def answer_missing(
     if make_engine is None:
         take_gpus(rank, args.tensor_parallel) if world > 1 else None
     style, template = style_and_template(benchmark, args)
-    encoder, frames = (make_encoder or build_encoder)(args, style, template)
+    try:
+        encoder, frames = (make_encoder or build_encoder)(args, style, template)
+    except (ValueError, OSError) as error:  # a model folder, frame settings or a cache that cannot be used
+        raise AnnotationError(str(error)) from error
     if args.preprocess_only:
         return preprocess(encoder, frames, [prompts[sample.id] for sample in todo or share], args)
     by_id = {sample.id: sample for sample in kept}
@@ -421,7 +375,6 @@ def wait_for_ranks(folder: Path, ids: set[str]) -> None:
     """Rank 0 waits until every sample has a row, whoever wrote it; a launcher stops it if another rank dies."""
     while not ids <= store.read_predictions(folder).keys():
         time.sleep(1)  # the ranks share nothing but the folder
-    store.merge_ranks(folder)
 
 
 def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], excluded, stats: dict[str, Any]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from evaluate._engine import (
     group_by_clip,
     run_pipeline,
 )
+from evaluate._models import preprocess
 from tests.evaluate.fakes import FakeEngine, RequestFailed
 
 
@@ -205,21 +208,48 @@ def test_requests_run_together_up_to_the_limit():
     assert engine.most == 7
 
 
-def test_shared_frames_decode_once_per_clip_and_forget():
+@pytest.mark.parametrize("what", ["frames", "plan", "key"])
+def test_shared_frames_ask_the_cache_once_per_clip_and_forget(what):
+    """A plan demuxes a whole file that is not cached: three questions must not read it three times."""
     calls = []
 
     class Cache:
+        mode = "off"
+
         def frames(self, media, settings):
             calls.append(media)
             return object()
 
+        plan = key = frames
+
     shared, scope = SharedFrames(Cache()), {}
+    ask = getattr(shared, what)
     shared.use(scope)
-    assert shared.frames("a", 1) is shared.frames("a", 1) is not shared.frames("b", 1)
-    assert calls == ["a", "b"]
+    assert ask("a", 1) is ask("a", 1) is not ask("b", 1)
+    assert calls == ["a", "b"] and ask("a", 2) is not ask("a", 1)
     shared.use(None)
-    shared.frames("a", 1)
-    assert calls == ["a", "b", "a"]
+    ask("a", 1)
+    assert calls == ["a", "b", "a", "a"] and shared.mode == "off"
+
+
+def test_preprocessing_gives_up_on_a_decoder_that_hangs(capsys):
+    """4 videos, 2 loaders: one hangs, one is broken, two are cached."""
+    release, seen = threading.Event(), []
+
+    class Cache:
+        def frames(self, media, settings):
+            if media.path == "0.mp4":
+                release.wait(20)
+            if media.path == "2.mp4":
+                raise MediaError("2.mp4", "is truncated", "download it again")
+            seen.append(media.path)
+
+    args = Namespace(loaders=2, decode_timeout_s=0.3, cache_dir="C")
+    counts = preprocess(SimpleNamespace(video=None), SharedFrames(Cache()), samples_of(4, 3), args)
+    assert counts == {"videos": 4, "failed": 2} and sorted(seen) == ["1.mp4", "3.mp4"]
+    release.set()
+    said = capsys.readouterr().out
+    assert "0.mp4: not decoded within 0.3 s" in said and "2.mp4" in said and "2 of 4 videos are in C" in said
 
 
 def test_a_thought_over_budget_is_closed_and_concluded():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.frame_cache import mark_cache
 from evaluate._predictions import Writer, read_predictions
 from evaluate._run import main
 from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, write_toy
@@ -54,7 +55,11 @@ def test_finished_run_asks_nothing_again_and_other_settings_get_their_own_folder
     run(toy, tmp_path)
     _, folders, record = run(toy, tmp_path)
     assert record.engine is None and len(folders) == 1
-    for flags in (["--temperature", "0.7"], ["--max_frames", "8"], ["--prompt", "think"], ["--limit", "6"]):
+    (tmp_path / "lossy").mkdir()
+    mark_cache(str(tmp_path / "lossy"), storage="jpeg")
+    frames = (["--max_frames", "8"], ["--sampling", "grid"], ["--decoder", "decord"], ["--resize", "native"])
+    lossy = ["--cache_dir", str(tmp_path / "lossy")]
+    for flags in (["--temperature", "0.7"], *frames, lossy, ["--prompt", "think"], ["--limit", "6"]):
         before = len(folders)
         _, folders, record = run(toy, tmp_path, *flags)
         assert len(folders) == before + 1, flags
@@ -89,6 +94,28 @@ def test_broken_videos_are_rows_with_reasons_and_stay_in_the_denominator(tmp_pat
     assert results_of(out)["metrics"]["accuracy"]["value"] == pytest.approx(5 / 20)
 
 
+def test_a_tenth_of_broken_videos_of_every_kind(tmp_path, capsys):
+    """31 clips x 2 questions: one cut short, one empty, one not a video at all, one that is not there."""
+    folder = tmp_path / "toy"
+    write_toy(folder, clips=31, questions=2)
+    good = (folder / "clips/004.mp4").read_bytes()
+    (folder / "clips/004.mp4").write_bytes(good[: len(good) // 2])
+    (folder / "clips/011.mp4").write_bytes(b"")
+    (folder / "clips/019.mp4").write_text("<html>404 not found</html>")
+    (folder / "clips/030.mp4").unlink()
+    status, (out,), record = run(folder, tmp_path / "out", engine=FakeEngine(lambda text: "C"))
+    results, said = results_of(out), capsys.readouterr().out
+    assert status == 0 and len(record.engine.asked) == 54
+    assert (results["n"], results["n_failed"], results["failures"]) == (62, 8, {"media_error": 8})
+    assert "8 media_error" in said and "1 media files are missing" in said
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert {row["id"][:3] for row in failed} == {"004", "011", "019", "030"} and len(failed) == 8
+    assert all(row["remedy"] and row["path"].endswith(f"{row['id'][:3]}.mp4") for row in failed)
+    # (clip + question) % 4 == 2 is right: question 0 of clips 2, 6, .. 30, question 1 of 1, 5, .. 29; 30 is gone
+    assert results["metrics"]["accuracy"]["value"] == pytest.approx((8 - 1 + 8) / 62)
+    assert run(folder, tmp_path / "out", "--strict")[0] == 3
+
+
 def test_missing_media_and_annotations_say_what_to_do(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out")[0] == 2
@@ -110,6 +137,68 @@ def test_score_only_needs_no_model_and_follows_the_predictions(toy, tmp_path):
     assert record.engine is None
     assert results_of(folder)["metrics"]["accuracy"]["value"] == 1.0
     assert {json.loads(line)["score"] for line in path.read_text().splitlines()} == {1.0}
+
+
+def test_old_answers_are_scored_without_their_model_and_code(toy, tmp_path, capsys):
+    """A run of another code version whose model folder is gone, and of the first 6 samples only."""
+    run(toy, tmp_path, "--run_dir", str(tmp_path / "mine"), "--limit", "6", engine=FakeEngine(lambda text: "B"))
+    path = tmp_path / "mine/run.json"
+    stored = json.loads(path.read_text())
+    stored["settings"] |= {"code": "older", "model": "another", "versions": {}}
+    path.write_text(json.dumps(stored))
+    (tmp_path / "mine/results.json").unlink()
+    command = ["--data_dir", str(toy), "--score_only", "--run_dir", str(tmp_path / "mine")]
+    assert main(TOY, command) == 0
+    results = results_of(tmp_path / "mine")
+    # (clip + question) % 4 == 1 is right: questions 0, 1, 2 of clips 0 and 1 give 0-1 and 1-0
+    assert (results["n"], results["n_missing"]) == (6, 0)
+    assert results["metrics"]["accuracy"]["value"] == pytest.approx(2 / 6)
+    assert main(TOY, [*command, "--protocol", "easyvideor1"]) == 2
+    assert "protocol 'official', asked 'easyvideor1'" in capsys.readouterr().err
+    assert main(TOY, [*command[:-1], str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_score_only_without_a_run_names_those_that_exist(toy, tmp_path, capsys):
+    _, (folder,), _ = run(toy, tmp_path, "--limit", "6")
+    assert run(toy, tmp_path, "--score_only", "--limit", "7")[0] == 2
+    said = capsys.readouterr().err
+    assert "--run_dir" in said and str(folder) in said and len(list(folder.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--loaders 0", "--limit 0", "--limit -1", "--data_parallel 0", "--max_concurrent 0", "--in_flight_gib 0",
+     "--decode_timeout_s 0", "--max_response_tokens 0", "--cache require", "--preprocess_only",
+     "--retry_failed --data_parallel 2"],
+)  # fmt: skip
+def test_flags_that_would_hang_or_be_ignored_are_usage_errors(flags, toy, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(toy, tmp_path, *flags.split())
+    assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_what_cannot_be_built_is_told_in_one_line(toy, tmp_path, capsys):
+    def broken(*arguments):
+        raise ValueError("--cache_dir C does not exist")
+
+    arguments = ["--model", "m", "--data_dir", str(toy), "--output_dir", str(tmp_path)]
+    assert main(TOY, arguments, make_encoder=broken) == 2
+    assert capsys.readouterr().err == "toy: --cache_dir C does not exist\n"
+
+
+def test_rows_left_by_a_killed_run_of_several_ranks_are_merged_by_one(toy, tmp_path):
+    _, (folder,), _ = run(toy, tmp_path)
+    rows = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "predictions.jsonl").unlink()
+    (folder / "predictions.0-of-2.jsonl").write_text("".join(rows[:20]))
+    (folder / "predictions.1-of-2.jsonl").write_text("".join(rows[15:35]))  # 5 rows twice
+    _, _, record = run(toy, tmp_path)
+    assert len(record.engine.asked) == 25
+    assert [path.name for path in folder.glob("predictions*")] == ["predictions.jsonl"]
+    ids = [json.loads(line)["id"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 60
 
 
 def test_truncated_and_unanswered_are_counted(toy, tmp_path):
