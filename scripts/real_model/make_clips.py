@@ -56,7 +56,7 @@ def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | Non
     rows["captions"] = caption_rows(scenes["train"])
     rows["train"] += text_rows(seed, text)
     for split in ("heldout", "unseen"):
-        rows[f"{split}_blind"] = [blind_row(row) for row in rows[split]]
+        rows[f"{split}_blind"] = [blind_row(row, split) for row in rows[split]]
     rows["text_only"] = ability_rows()
     folder.mkdir(parents=True, exist_ok=True)
     every = [scene for listed in scenes.values() for scene in listed]

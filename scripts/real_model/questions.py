@@ -315,9 +315,9 @@ def caption_rows(scenes: list[Scene]) -> list[Row]:
     return rows
 
 
-def blind_row(made: Row) -> Row:
-    """The same question about the grey file; text rows stay as they are."""
-    blind = dict(made)
+def blind_row(made: Row, split: str) -> Row:
+    """The same question about the grey file, under an id of its own: heldout-00012 -> heldout_blind-00012."""
+    blind = made | {"problem_id": made["problem_id"].replace(split, f"{split}_blind", 1)}
     for key in ("videos", "images"):
         if key in blind:
             blind[key] = [made["blind"]]

@@ -62,7 +62,7 @@ def _facts(ask: Asker, fixed: bool) -> list[tuple[str, dict[str, Any]]]:
     return made  # fmt: skip
 
 
-def _sums(rng: np.random.Generator, ask: Asker, fixed: bool, n: int) -> list[tuple[str, dict[str, Any]]]:
+def _sums(rng: np.random.Generator, fixed: bool, n: int) -> list[tuple[str, dict[str, Any]]]:
     """n sums, differences and comparisons; the fixed set has every fifth pair of numbers, training the others."""
     pairs = [(a, b) for a in range(2, 20) for b in range(2, 20) if ((7 * a + b) % 5 == 0) == fixed and a != b]
     made = []
@@ -87,18 +87,17 @@ def _rows(made: list[tuple[str, dict[str, Any]]], prefix: str) -> list[dict[str,
 
 
 def text_rows(seed: int, n: int) -> list[dict[str, Any]]:
-    """n training rows: facts in a new order each time round, a sum after every second one."""
+    """n training rows, facts and sums mixed two to one; every fact comes once before one comes again."""
     ask = Asker(seed, "train", 10)
     made: list[tuple[str, dict[str, Any]]] = []
     while len(made) < n:
         facts = _facts(ask, fixed=False)
-        facts = [facts[i] for i in ask.rng.permutation(len(facts)).tolist()]
-        made += facts + _sums(ask.rng, ask, False, len(facts) // 2)
-    made = made[:n]
-    return _rows([made[i] for i in ask.rng.permutation(n).tolist()], "text")
+        turn = facts + _sums(ask.rng, False, len(facts) // 2)
+        made += [turn[i] for i in ask.rng.permutation(len(turn)).tolist()]
+    return _rows(made[:n], "text")
 
 
 def ability_rows() -> list[dict[str, Any]]:
     """The fixed set: 36 facts and 60 sums, the same for every run."""
     ask = Asker(ABILITY_SEED, "train", 11)
-    return _rows(_facts(ask, fixed=True) + _sums(ask.rng, ask, True, 60), "ability")
+    return _rows(_facts(ask, fixed=True) + _sums(ask.rng, True, 60), "ability")
