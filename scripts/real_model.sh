@@ -35,7 +35,7 @@ case $SIZE in
     rl=(--max_steps 60 --prompts_per_step 64 --group_size 8 --learning_rate 5e-6 --token_budget 65536 --no-gradient_checkpointing
       --validate_every 10 --validate_limit 256 --save_every 20 --gpu_memory_utilization 0.4 --load_workers 8)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
-    engine=(--max_num_seqs 256) validated=256 ;;
+    engine=(--max_num_seqs 256) validated=256 answer=192 ;;
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
     see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
@@ -44,7 +44,7 @@ case $SIZE in
     rl=(--max_steps 1 --prompts_per_step 2 --group_size 4 --learning_rate 5e-6 --token_budget 2048 --kv_cache_gib 0.1 --reward_workers 1
       --validate_every 0 --save_every 0)
     tokens=(--max_prompt_tokens 1024 --max_response_tokens 192)
-    engine=(--kv_cache_gib 0.25) validated=8 ;;
+    engine=(--kv_cache_gib 0.25) validated=8 answer=16 ;;
   *) echo "SIZE must be gpu or cpu, got '$SIZE'"; exit 2 ;;
 esac
 cache=(--cache_dir "$DATA/cache")
@@ -74,7 +74,7 @@ supervised() {  # supervised NAME MODEL FLAGS...: train/sft.py into $RUN/NAME
 evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids say which set a question is of
   "${bounded[@]}" python evaluate/custom.py --model "$1" --name real --prompt think --run_dir "$RUN/$2" \
     --data "$DATA"/{heldout,heldout_blind,unseen,unseen_blind,text_only}.jsonl "${cache[@]}" "${frames[@]}" "${pixels[@]}" \
-    --image_max_pixels 12544 --max_response_tokens 192 --max_model_len 1536 "${engine[@]}"
+    --image_max_pixels 12544 --max_response_tokens "$answer" --max_model_len 1536 "${engine[@]}"
 }
 learn() {  # learn ALGORITHM SEED: train/main.py from the supervised model
   ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \

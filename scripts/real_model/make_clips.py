@@ -3,11 +3,12 @@
     python scripts/real_model/make_clips.py --output_dir runs/real/data --seed 0 --clips 4000
 
 writes, the same for the same seed:
-    clips/*.mp4  images/*.png  blind/*     H.264 clips, stills, and grey files of the same lengths
+    clips/*.mp4  images/*.png  blind/*     H.264 clips, stills, and grey twins of the held-out ones
     captions.jsonl                         a description of every train clip and still
     train.jsonl                            questions about them, and text-only ones; every row has a demonstration
-    heldout.jsonl  heldout_blind.jsonl     questions about other clips, and the same about grey files
+    heldout.jsonl  heldout_blind.jsonl     questions about other clips, and the same about their grey twins
     unseen.jsonl  unseen_blind.jsonl       pairs of colour and shape that no train clip shows
+    heldout_captions.jsonl  …_blind.jsonl  descriptions of the held-out ones: what a loss that sees is measured on
     text_only.jsonl                        a fixed set without media, the same for every seed
     complete.json                          written last: counts and settings
 """
@@ -57,13 +58,14 @@ def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | Non
     rows["train"] += text_rows(seed, text)
     for split in ("heldout", "unseen"):
         rows[f"{split}_blind"] = [blind_row(row, split) for row in rows[split]]
+    rows["heldout_captions"] = caption_rows(scenes["heldout"])
+    rows["heldout_captions_blind"] = [blind_row(row, "caption") for row in rows["heldout_captions"]]
     rows["text_only"] = ability_rows()
     folder.mkdir(parents=True, exist_ok=True)
     every = [scene for listed in scenes.values() for scene in listed]
-    twins = list({scene.blind_file: scene for scene in every}.values())
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(partial(write_scene, folder), every, chunksize=16))
-        list(pool.map(partial(write_blind, folder), twins))
+        list(pool.map(partial(write_blind, folder), scenes["heldout"] + scenes["unseen"], chunksize=16))
     for name, listed in rows.items():
         write_rows(folder / f"{name}.jsonl", listed)
     return rows

