@@ -6,6 +6,8 @@
 # Phases: folder clips decode base see tune supervised rl table. One whose result is there is skipped. A training that does
 # not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
 # ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
+# RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
+# shellcheck disable=SC2086  # GGUF and RL_FLAGS are words
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SIZE=${SIZE:-$(if [ -e /dev/nvidia0 ]; then echo gpu; else echo cpu; fi)}
@@ -76,12 +78,11 @@ evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids 
     --data "$DATA"/{heldout,heldout_blind,unseen,unseen_blind,text_only}.jsonl "${cache[@]}" "${frames[@]}" "${pixels[@]}" \
     --image_max_pixels 12544 --max_response_tokens "$answer" --max_model_len 1536 "${engine[@]}"
 }
-learn() {  # learn ALGORITHM SEED: train/main.py from the supervised model
+learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised model
   ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \
-    --validate_data "$DATA/heldout.jsonl" --output_dir "$RUN/$1-seed$2" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
-    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}"
+    --validate_data "$DATA/heldout.jsonl" --output_dir "$3" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
+    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}" ${RL_FLAGS:-}
 }
-# shellcheck disable=SC2086  # GGUF is one path or several
 make_folder() { "${bounded[@]}" python scripts/real_model/make_folder.py --gguf $GGUF --output_dir "$RUN/model" --seed "$SEED" "${model[@]}"; }
 decode() {
   "${bounded[@]}" python data/preprocess.py --data "$DATA"/{train,captions,heldout,heldout_blind,unseen,unseen_blind}.jsonl \
@@ -103,9 +104,9 @@ for name in "${phases[@]}"; do
     rl)
       for algorithm in $ALGORITHMS; do
         for seed in $SEEDS; do
-          phase "RL: $algorithm, seed $seed" "$RUN/$algorithm-seed$seed/done.json" learn "$algorithm" "$seed"
-          phase "evaluate $algorithm, seed $seed" "$RUN/$algorithm-seed$seed/after/results.json" \
-            evaluate "$RUN/$algorithm-seed$seed/final" "$algorithm-seed$seed/after"
+          place="$algorithm${TAG:-}-seed$seed"
+          phase "RL: $place" "$RUN/$place/done.json" learn "$algorithm" "$seed" "$RUN/$place"
+          phase "evaluate $place" "$RUN/$place/after/results.json" evaluate "$RUN/$place/final" "$place/after"
         done
       done ;;
     table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
