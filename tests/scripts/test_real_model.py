@@ -1,0 +1,118 @@
+"""scripts/real_model.sh from a GGUF written on the spot to its table, in a few steps; and the table by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.real_model import table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_table_by_hand(tmp_path):
+    """Two clips, two questions each: supervised 1/4, two seeds 2/4 and 4/4, so 75 % and +50; blind never moves."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    names = [f"heldout-{i:05d}" for i in range(4)]
+    rows = [
+        {
+            "problem_id": name,
+            "problem": "Q?",
+            "answer": "Yes",
+            "problem_type": "boolean",
+            "videos": [f"clips/{i // 2}.mp4"],
+        }
+        for i, name in enumerate(names)
+    ]
+    other = {
+        name: [{**row, "problem_id": row["problem_id"].replace("heldout", name)} for row in rows]
+        for name in ("unseen", "ability")
+    }
+    write_lines(data / "heldout.jsonl", rows)
+    write_lines(data / "unseen.jsonl", other["unseen"])
+    write_lines(data / "text_only.jsonl", other["ability"])
+    for name in ("heldout", "unseen"):
+        write_lines(
+            data / f"{name}_blind.jsonl",
+            [{**r, "problem_id": r["problem_id"].replace("heldout", f"{name}_blind")} for r in rows],
+        )
+    (data / "complete.json").write_text(json.dumps({"majority": {"heldout": 0.5, "unseen": 0.5, "text_only": 0.25}}))
+    for place, scores in {
+        "supervised": [1, 0, 0, 0],
+        "grpo-seed0/after": [1, 1, 0, 0],
+        "grpo-seed1/after": [1, 1, 1, 1],
+    }.items():
+        listed = [{"id": name, "score": s, "response": "r"} for name, s in zip(names, scores)]
+        for part in ("unseen", "heldout_blind", "unseen_blind", "ability"):
+            listed += [
+                {"id": n.replace("heldout", part), "score": int(i == 0), "response": "r"} for i, n in enumerate(names)
+            ]
+        write_lines(run / place / "predictions.jsonl", listed)
+        (run / place / "results.json").write_text("{}")
+    assert table.main([str(run), "--data", str(data)]) == 0
+    figures = json.loads((run / "table.json").read_text())
+    held = figures["accuracy"]["held-out"]
+    assert held["supervised"]["value"] == 0.25 and held["grpo, 2 seeds"]["value"] == 0.75
+    assert (
+        figures["difference"]["held-out"]["grpo"][0] == 0.5
+        and figures["difference"]["unseen combinations"]["grpo"][0] == 0.0
+    )
+    assert held["supervised"]["low"] == 0.0 and held["supervised"]["high"] == 0.5  # two clips of 1/2 and 0/2
+    met, missed, blind = figures["targets"]["grpo"]
+    assert (
+        met.endswith("met (+25.0, +75.0)")
+        and "not met (+0.0, +0.0)" in missed
+        and blind.startswith("blind within 3 points: met")
+    )
+    shown = (run / "examples.md").read_text()
+    assert shown.count("## heldout-") == 4 and "grpo, seed 0 (score 1)" in shown
+
+
+@pytest.mark.slow
+def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
+    pytest.importorskip("gguf", reason="the package gguf is in requirements*.txt: bash scripts/setup.sh")
+    from tests.tiny_gguf import tiny_gguf
+
+    file, _ = tiny_gguf(tmp_path / "tiny.gguf")
+    run = tmp_path / "run"
+    settings = {"SIZE": "cpu", "GGUF": str(file), "RUN": str(run), "SEEDS": "0", "ALGORITHMS": "grpo", "CLIPS": "8"}
+    environment = {**os.environ, **settings, "REELRL_VENV": sys.prefix, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def launch(*phases: str) -> str:
+        done = subprocess.run(
+            ["bash", "scripts/real_model.sh", *phases], cwd=ROOT, env=environment, timeout=600,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+    phases = ("folder", "clips", "decode", "see", "tune", "supervised", "rl", "table")
+    launch(*phases)
+    asked = sum(
+        sum(1 for _ in (run / "data" / f"{name}.jsonl").open())
+        for name in ("heldout", "heldout_blind", "unseen", "unseen_blind", "text_only")
+    )
+    for place in ("supervised", "grpo-seed0/after"):
+        results = json.loads((run / place / "results.json").read_text())
+        assert results["n"] == asked and results["n_failed"] == 0
+    (step,) = [json.loads(line) for line in (run / "grpo-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert step["mismatch/abs_log_ratio"] < 1e-4  # vLLM and the trainer agree on the folder's architecture
+    frozen = json.loads((run / "see" / "run.json").read_text())["starts"][0]["arguments"]["freeze_language_model"]
+    assert frozen and (run / "table.md").read_text().count("| held-out") >= 3
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (run / "see" / "done.json", run / "supervised", run / "grpo-seed0" / "final")
+    }
+    again = launch(*phases)
+    assert again.count(": already there (") == 8  # folder, clips, decode, see, tune, supervised, RL, its evaluation
+    assert {path: path.stat().st_mtime_ns for path in before} == before
