@@ -81,6 +81,8 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
     if on_gpu():
         chosen["gpu_memory_utilization"] = args.gpu_memory_utilization
         chosen["enforce_eager"] = args.enforce_eager
+        # vLLM's encoder cache has as many places as a batch has tokens, 2,048 by default: a longer clip would be refused.
+        chosen.setdefault("max_num_batched_tokens", max(16384, args.max_model_len or 0))
         if args.kv_cache_gib:
             chosen["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
     else:

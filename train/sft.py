@@ -42,9 +42,9 @@ def lesson(prompt, encoder, args):
     from collections import Counter
 
     from data.records import Group
-    from rollout.collect import _demonstration
+    from rollout.collect import demonstration
 
-    response = _demonstration(prompt, encoder, args, Counter())
+    response = demonstration(prompt, encoder, args, Counter())
     if response is None:  # check_demonstrations has looked; a prompt that opens <think> itself changes it by little
         sample = prompt.sample
         raise ValueError(
