@@ -13,8 +13,8 @@ PRESETS = {  # sampling of the model cards; explicit flags win
     "qwen2-vl": {"temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.0},
     "qwen2.5-vl": {"temperature": 1e-6, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.05},
     "qwen3-vl-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
-    # The cards' 1.0; the README of the Qwen3-VL repository has 0.6 for the same models.
-    "qwen3-vl-thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
+    # As in the README of the Qwen3-VL repository; copies of the model cards have temperature 1.0 for the same models.
+    "qwen3-vl-thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
     "qwen3.5-thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
     "qwen3.5-instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
 }
