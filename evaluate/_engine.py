@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
+import subprocess
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
 from data.records import Prompt, Sample
 from data.video import MediaError
@@ -58,7 +60,9 @@ class AsyncVllm:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         self._sampling_params, self._request_error = SamplingParams, EngineGenerateError
+        before = set(psutil.Process().children(recursive=True))
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
+        self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
 
     async def generate(self, prompt: dict[str, Any], sampling: dict[str, Any], request_id: str) -> Completion:
         """Raises RequestFailed for this request alone, EngineDeadError when the engine is gone."""
@@ -89,6 +93,19 @@ class AsyncVllm:
     def close(self) -> None:
         self._llm.shutdown()
         del self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
+        self._guard.kill()
+        self._guard.wait()
+
+
+def end_with_me(pids: list[int]) -> subprocess.Popen:
+    """A process that kills `pids` once this one is gone, however it went; kill it first if all ends well.
+
+    vLLM's engine outlives a front end that died of SIGKILL and keeps its GPU memory, so that the next run, which would
+    go on where this one stopped, could not start.
+    """
+    script = 'cat > /dev/null; kill -KILL "$@" 2> /dev/null'  # standard input ends with this process
+    command = ["sh", "-c", script, "sh", *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 class LoaderThreads:

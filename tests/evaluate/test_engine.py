@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from data.records import Media, Prompt, Sample
@@ -24,6 +27,33 @@ from evaluate._engine import (
 )
 from evaluate._models import preprocess
 from tests.evaluate.fakes import FakeEngine, RequestFailed
+
+FRONT_END = """
+import subprocess, sys, time
+from evaluate._engine import end_with_me
+engine = subprocess.Popen(["sleep", "600"])
+guard = end_with_me([engine.pid])
+if sys.argv[1] == "closes":
+    guard.kill()
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("way", ["dies", "closes"])
+def test_an_engine_ends_with_a_front_end_that_is_killed(way):
+    """vLLM's engine process would stay, with its memory. After a proper close nobody touches its number any more."""
+    front = subprocess.Popen([sys.executable, "-c", FRONT_END, way], stdout=subprocess.PIPE, text=True)
+    engine = psutil.Process(int(front.stdout.readline()))
+    front.kill()
+    front.wait()
+    if way == "dies":
+        psutil.wait_procs([engine], timeout=30)
+        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    else:
+        time.sleep(0.5)
+        assert engine.is_running()
+        engine.kill()
 
 
 def samples_of(clips: int, questions: int) -> list[Sample]:
