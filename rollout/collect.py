@@ -171,7 +171,7 @@ def collect(
 
 def _one_round(prompts: list[Prompt], engine, scorer, args, step, salt, encoder, share, counts) -> list[Ready]:
     """Groups for all `prompts`, scored, in the order of the prompts."""
-    demonstrations = [demonstration(prompt, encoder, args, counts) for prompt in prompts]
+    demonstrations = [demonstration_response(prompt, encoder, args, counts) for prompt in prompts]
     if args.demonstrations == "own_reward":
         demonstrations = _gate_by_own_reward(prompts, demonstrations, scorer, args, share, counts)
     size = args.group_size
@@ -289,7 +289,7 @@ def apply_score(response: Response, score, sample: Sample, args) -> None:
 # ---- demonstrations -----------------------------------------------------------------------------------------------
 
 
-def demonstration(prompt: Prompt, encoder, args, counts) -> Response | None:
+def demonstration_response(prompt: Prompt, encoder, args, counts) -> Response | None:
     """The sample's demonstration as a response that ends like the policy's own, or None. LUFFY, arXiv 2504.14945."""
     text = prompt.sample.offline_output
     if args.demonstrations == "off" or text is None or not text.strip():

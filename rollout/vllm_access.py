@@ -7,6 +7,8 @@ only an engine in this very process has (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import re
 import warnings
@@ -169,6 +171,18 @@ def reload_weights(llm, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> tu
     if not torch.cuda.is_available():
         repack_head(model)
     return expected, loaded
+
+
+def remove_shared_memory(ranks: range, place: int) -> None:
+    """Unlinks the shared memory by which the CPU ranks of one engine exchange tensors, of the rank at `place` in `ranks`.
+
+    vLLM names it after the ranks alone and never unlinks it in an engine started by torchrun, so that the next one on this
+    host could not create it. Call before an engine is built and again after: memory in use stays without its name.
+    """
+    members = glob.escape(f"[{'-'.join(map(str, ranks))}]")
+    for path in glob.glob(f"/dev/shm/*-{members}-cpushm_{place}"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def repack_head(model: torch.nn.Module) -> None:

@@ -42,9 +42,9 @@ def lesson(prompt, encoder, args):
     from collections import Counter
 
     from data.records import Group
-    from rollout.collect import demonstration
+    from rollout.collect import demonstration_response
 
-    response = demonstration(prompt, encoder, args, Counter())
+    response = demonstration_response(prompt, encoder, args, Counter())
     if response is None:  # check_demonstrations has looked; a prompt that opens <think> itself changes it by little
         sample = prompt.sample
         raise ValueError(
