@@ -240,10 +240,10 @@ def packed_section(packed: dict, record: dict) -> str:
 
 
 def evaluate_section(figures: dict, record: dict) -> str:
-    sentence = f"{figures['questions']} questions about {figures['clips']} clips; a way's best time counts."
+    sentence = f"{figures['questions']} questions about {figures['clips']} clips; a way's median time counts."
     lines = heading(record.get("date", ""), "One GPU", record.get("versions", {}), record.get("commands", []), sentence)
     lines += ["| way | seconds |", "|---|---|"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in figures["best_s"].items()]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in figures["median_s"].items()]
     lines.append(
         f"\nThe pipeline takes {figures['times_the_loop']:.2f} times less than the loop; its engine is without a request for "
         f"{figures['engine_idle_share']:.1%} of the time."

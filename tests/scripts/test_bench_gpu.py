@@ -273,7 +273,7 @@ def test_tests_peer_packed_and_evaluation(tmp_path):
         "times_the_loop": 6.1,
         "questions": 24,
         "clips": 8,
-        "best_s": {"loop": 61.0, "pipeline": 10.0},
+        "median_s": {"loop": 61.0, "pipeline": 10.0},
     }
     (tmp_path / "evaluate-2b.json").write_text(json.dumps(figures))
     assert found(tmp_path) == {
