@@ -72,6 +72,7 @@ def main() -> None:
     found["after"] = dict(policy.named_tensors())
     if rank == 0:
         torch.save(found, out)
+    distributed.barrier("leave together")  # a rank that still writes must not lose the others
     distributed.shutdown()
 
 

@@ -101,6 +101,7 @@ def main() -> None:
     seen["critic"] = (values[1] - values[0]).abs().max().item() / values[0].abs().max().item()
     if distributed.is_main():
         Path(out).write_text(json.dumps(seen))
+    distributed.barrier("leave together")  # a rank that still writes must not lose the others
     distributed.shutdown()
 
 

@@ -55,6 +55,7 @@ def main() -> None:
         seen[name]["offloaded"] = [bool(zero.offload_optimizer), bool(zero.offload_param)]
     if rank == 0:
         torch.save(seen, out)
+    distributed.barrier("leave together")  # a rank that still writes must not lose the others
     distributed.shutdown()
 
 
