@@ -132,17 +132,12 @@ def train(args, samples: list, held_out: list, encoder) -> int:
     from data.loader import PromptLoader
     from train import checkpoint, distributed, flops, run_log, trackers
     from train.optimizer import Schedule
-    from train.plan import check_cache, sample_order, seed_everything, total_steps
+    from train.plan import check_cache, sample_order, start_ranks, total_steps
     from train.policy import build_policy
 
     began = time.monotonic()
     folder, steps = Path(args.output_dir), total_steps(args, len(samples))
-    device = distributed.init(timeout_s=args.phase_limit_s)
-    lock = distributed.lock_run(folder)
-    distributed.init_deepspeed(device)
-    seed_everything(args.seed)
-    resumed = checkpoint.find(folder, args.resume)
-    state = checkpoint.read_state(resumed) if resumed else {}
+    device, lock, resumed, state = start_ranks(args)
     start, stop = state.get("step", 0), distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)
     check_cache(encoder, samples + held_out)
