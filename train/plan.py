@@ -314,7 +314,8 @@ def start_ranks(args):
     checkpoint that --resume names or None, its state or {}).
 
     The lock is a file on rank 0 and None on the others: keep it as long as the run, close it at the end. Raises RuntimeError
-    when another run holds --output_dir, FileNotFoundError when --resume is not a complete checkpoint.
+    when another run holds --output_dir or a file of the checkpoint is damaged, FileNotFoundError when --resume is not a complete
+    checkpoint.
     """
     from train import checkpoint, distributed
 
@@ -323,7 +324,12 @@ def start_ranks(args):
     distributed.init_deepspeed(device)
     seed_everything(args.seed)
     resumed = checkpoint.find(args.output_dir, args.resume)
-    return device, lock, resumed, checkpoint.read_state(resumed) if resumed else {}
+    if resumed is None:
+        return device, lock, None, {}
+    if distributed.is_main():
+        print(f"checking the files of {resumed}", flush=True)
+    checkpoint.verify(resumed)
+    return device, lock, resumed, checkpoint.read_state(resumed)
 
 
 def seed_everything(seed: int) -> None:
