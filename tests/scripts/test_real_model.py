@@ -115,8 +115,7 @@ def test_table_by_hand(tmp_path):
 
 @pytest.mark.slow
 def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
-    pytest.importorskip("gguf", reason="the package gguf is in requirements*.txt: bash scripts/setup.sh")
-    from tests.tiny_gguf import tiny_gguf
+    from tests.tiny_gguf import tiny_gguf  # needs gguf, the tests above do not
 
     file, _ = tiny_gguf(tmp_path / "tiny.gguf")
     run = tmp_path / "run"
