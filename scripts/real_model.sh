@@ -73,6 +73,10 @@ supervised() {  # supervised NAME MODEL FLAGS...: train/sft.py into $RUN/NAME
   ranks train/sft.py --model "$from" --output_dir "$RUN/$name" --seed "$SEED" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
     "${tokens[@]}" "${sft[@]}" --keep_last 1 "${limit[@]}" "$@"
 }
+sees() {  # sees NAME: does $RUN/NAME/final look? Its loss on held-out captions with their own pixels and with another scene's
+  supervised "$1/sees" "$RUN/$1/final" --data "$DATA/heldout_captions.jsonl" "${see[@]}" \
+    --validate_only --validate_data "$DATA"/heldout_captions{,_swapped}.jsonl && python scripts/real_model/sees.py "$RUN/$1/sees"
+}
 evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids say which set a question is of
   "${bounded[@]}" python evaluate/custom.py --model "$1" --name real --prompt think --run_dir "$RUN/$2" \
     --data "$DATA"/{heldout,heldout_blind,unseen,unseen_blind,text_only}.jsonl "${cache[@]}" "${frames[@]}" "${pixels[@]}" \
@@ -97,9 +101,11 @@ for name in "${phases[@]}"; do
     decode) phase "decode every clip once" "$DATA/decoded" decode ;;
     base) phase "evaluate the folder before any training" "$RUN/base/results.json" evaluate "$RUN/model" base ;;
     see) phase "supervised 1: tower and merger learn to see, the language model stands still" "$RUN/see/done.json" \
-      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model ;;
+      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model
+      phase "does it look after supervised 1" "$RUN/see/sees/sees.json" sees see ;;
     tune) phase "supervised 2: everything, gently" "$RUN/tune/done.json" \
-      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}" ;;
+      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}"
+      phase "does it look after supervised 2" "$RUN/tune/sees/sees.json" sees tune ;;
     supervised) phase "evaluate the supervised model" "$RUN/supervised/results.json" evaluate "$RUN/tune/final" supervised ;;
     rl)
       for algorithm in $ALGORITHMS; do

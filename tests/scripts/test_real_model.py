@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from scripts.playground_clips import write_media
-from scripts.real_model import table
+from scripts.real_model import sees, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +113,23 @@ def test_table_by_hand(tmp_path):
             assert np.abs(np.array(picture.getpixel((16, 16))) - colour).max() <= 6
 
 
+def test_losses_with_own_and_other_pixels_are_those_of_the_last_validation(tmp_path, capsys):
+    rows = [
+        {"validate/nll": 9.0},
+        {"validate/nll_by_source/real/caption": 0.5, "validate/nll_by_source/real/caption_swapped": 2.0},
+    ]
+    write_lines(tmp_path / "validation.jsonl", rows)
+    assert sees.main([str(tmp_path)]) == 0
+    assert (
+        "0.500 nats per token with the scene's own pixels, 2.000 with another scene's: +1.500"
+        in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "sees.json").read_text()) == {"own": 0.5, "other": 2.0, "difference": 1.5}
+    write_lines(tmp_path / "validation.jsonl", rows[:1])
+    with pytest.raises(SystemExit, match=r"heldout_captions_swapped\.jsonl writes them"):
+        sees.main([str(tmp_path)])
+
+
 @pytest.mark.slow
 def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
     from tests.tiny_gguf import tiny_gguf  # needs gguf, the tests above do not
@@ -143,10 +160,15 @@ def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path
     assert step["mismatch/abs_log_ratio"] < 1e-4  # vLLM and the trainer agree on the folder's architecture
     frozen = json.loads((run / "see" / "run.json").read_text())["starts"][0]["arguments"]["freeze_language_model"]
     assert frozen and (run / "table.md").read_text().count("| held-out") >= 3
+    for stage in ("see", "tune"):
+        losses = json.loads((run / stage / "sees" / "sees.json").read_text())
+        assert losses["own"] > 0 and losses["other"] > 0 and not (run / stage / "sees" / "checkpoints").exists()
     before = {
         path: path.stat().st_mtime_ns
         for path in (run / "see" / "done.json", run / "supervised", run / "grpo-seed0" / "final")
     }
     again = launch(*phases)
-    assert again.count(": already there (") == 8  # folder, clips, decode, see, tune, supervised, RL, its evaluation
+    assert (
+        again.count(": already there (") == 10
+    )  # folder, clips, decode, see, tune and the losses after each, supervised, RL, its evaluation
     assert {path: path.stat().st_mtime_ns for path in before} == before
