@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import queue
 import subprocess
 import threading
@@ -55,6 +56,8 @@ class AsyncVllm:
     """vLLM's AsyncLLM. Must be made and used inside one running event loop, because its output handler lives there."""
 
     def __init__(self, model: str, **engine_args: Any):
+        # Asking torch whether there is a GPU (evaluate._models.on_gpu) is enough to make CUDA unusable in a forked child.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineGenerateError

@@ -131,7 +131,7 @@ class RolloutEngine:
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._names = expected_names(model_dir, trust_remote_code)  # emptied after the first sync
+        self._names = expected_names(encoder.config, trust_remote_code)  # emptied after the first sync
         self._asleep = {"weights": False, "kv_cache": False}
         self._stale = False  # weights were dropped by sleep and not yet replaced
         self._calls = 0

@@ -7,6 +7,7 @@ says it loaded with what it has, at the first sync of an engine; after that name
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -18,13 +19,16 @@ class WeightNamesError(ValueError):
     """The tensors given are not the model's parameters. The message lists missing and unexpected names."""
 
 
-def expected_names(model_dir: str, trust_remote_code: bool = False) -> set[str]:
-    """Names of model.named_parameters() for a folder's configuration, without weights. Tied weights appear once."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def expected_names(config, trust_remote_code: bool = False) -> set[str]:
+    """Names of model.named_parameters() for a transformers configuration, without weights. Tied weights appear once.
 
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    The configuration has to be read before vLLM reads the folder: vLLM 0.26 registers a Qwen3.5 configuration of its own
+    with transformers' AutoConfig, and no transformers model can be built from that one.
+    """
+    from transformers import AutoModelForImageTextToText
+
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     return {name for name, _ in model.named_parameters()}
 
 

@@ -7,7 +7,8 @@ Three ways through the same questions: `loop` (load, generate, next), `batch` (l
 the larger of the loading CPU time spread over the loaders' cores and the engine's own time for the whole batch. Where the
 engine computes on the same cores (no GPU), that bound promises the engine a core that the loaders take away, so a second one
 is given: CPU seconds of loading and of the engine's processes for the whole batch, over the cores.
---cached decodes into a frame cache first, as after data/preprocess.py.
+--cached decodes into a frame cache first, as after data/preprocess.py. With a GPU, gpu_idle_share is what NVML says of it while
+the way runs: the share of samples' windows without a running kernel.
 """
 
 import sys
@@ -22,6 +23,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,6 +81,41 @@ def cpu_seconds() -> float:
     return total
 
 
+class GpuWatch:
+    """Samples the first GPU's utilisation ten times a second; `idle_share` is None where NVML is not there."""
+
+    def __init__(self):
+        self._busy: list[float] = []
+        self._ended, self._thread = threading.Event(), None
+        try:
+            import pynvml
+        except ImportError:
+            return
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:  # no driver
+            return
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._read = lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.1):
+            self._busy.append(self._read())
+
+    def __enter__(self):
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+
+    @property
+    def idle_share(self) -> float | None:
+        return round(1 - statistics.mean(self._busy), 3) if self._busy else None
+
+
 async def loop_way(samples, encoder, engine, sampling) -> dict:
     """One question after another: decode, ask, wait."""
     for sample in samples:
@@ -124,6 +161,7 @@ async def measure(args, run_args, samples) -> dict:
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     facts: dict[str, list[dict]] = {name: [] for name in ways}
+    gpu_idle: dict[str, list[float | None]] = {name: [] for name in ways}
     try:
         for sample in samples[:2]:  # warm up: kernels, decoder, tokenizer
             await engine.generate(encoder.encode(sample).vllm_prompt, sampling, f"warm-{sample.id}")
@@ -134,9 +172,11 @@ async def measure(args, run_args, samples) -> dict:
             for name, way in ways.items():
                 await engine.reset_caches()
                 began = time.perf_counter()
-                facts[name].append(await way())
+                with GpuWatch() as watch:
+                    facts[name].append(await way())
                 times[name].append(time.perf_counter() - began)
-                print(f"  {name}: {times[name][-1]:.2f} s", flush=True)
+                gpu_idle[name].append(watch.idle_share)
+                print(f"  {name}: {times[name][-1]:.2f} s, GPU idle {watch.idle_share}", flush=True)
         load_s = clip_load_time(samples, encoder, frames)
     finally:
         engine.close()
@@ -145,7 +185,7 @@ async def measure(args, run_args, samples) -> dict:
     engine_cpu_s = statistics.median(fact["engine_cpu_s"] for fact in facts["batch"])
     bound_s = max(load_s / cores, engine_s)
     cpu_bound_s = max(bound_s, (load_s + engine_cpu_s) / len(os.sched_getaffinity(0)))
-    idle = statistics.median(fact["engine_idle_share"] for fact in facts["pipeline"])
+    engine_idle = statistics.median(fact["engine_idle_share"] for fact in facts["pipeline"])
     return {
         "questions": len(samples),
         "clips": args.clips,
@@ -160,7 +200,8 @@ async def measure(args, run_args, samples) -> dict:
         "share_of_bound_with_engine_on_the_same_cores": round(cpu_bound_s / middle["pipeline"], 3),
         "times_the_loop": round(middle["loop"] / middle["pipeline"], 2),
         "times_whole_batch": round(middle["batch"] / middle["pipeline"], 2),
-        "engine_idle_share": idle,
+        "engine_idle_share": engine_idle,
+        "gpu_idle_share": {name: statistics.median(idle) for name, idle in gpu_idle.items() if None not in idle},
         "mean_requests_in_engine": statistics.median(fact["mean_requests_in_engine"] for fact in facts["pipeline"]),
         "peak_in_flight_mib": max(fact["peak_in_flight_mib"] for fact in facts["pipeline"]),
     }
@@ -193,6 +234,7 @@ def main() -> int:
     )
     parser.add_argument("--max_num_seqs", type=int, default=32, help="requests that run together")
     parser.add_argument("--max_model_len", type=int, default=4096, help="vLLM context length")
+    parser.add_argument("--kv_cache_gib", type=float, help="size of vLLM's KV cache (default: the evaluation's own)")
     parser.add_argument("--dtype", default="auto", help="vLLM dtype")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--cached", action="store_true", help="frames from the frame cache, filled before")
@@ -217,6 +259,8 @@ def main() -> int:
         flags += ["--max_model_len", str(args.max_model_len)]
         # vLLM's encoder cache has as many tokens: a clip with more of them would be refused.
         flags += ["--max_num_batched_tokens", str(max(8192, args.max_model_len))]
+        if args.kv_cache_gib:
+            flags += ["--kv_cache_gib", str(args.kv_cache_gib)]
         if args.cached:
             (folder / "cache").mkdir()
             flags += ["--cache_dir", str(folder / "cache")]

@@ -35,6 +35,7 @@ from train import group_attention
 from train.flops import bf16_peak_flops, group_flops, read_shape
 from train.group_attention import PACKED, choose_attention, pack
 from train.packed_model import PackedModel
+from train.policy import checkpoint_activations
 
 # hidden, MLP, layers, heads, key-value heads; vision depth, width, MLP, heads, deepstack layers; tied
 SHAPES = {
@@ -171,10 +172,7 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     hf.config.use_cache = False
     hf.train()
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = hf.model.language_model.layers
-    for layer in layers[max(0, len(layers) - args.kept_layers) :]:
-        layer.gradient_checkpointing = False
+    checkpoint_activations(hf, args.kept_layers, args.kept_vision_layers)
     lm_forward, conv_forward = hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward
     vision_default = hf.model.visual.config._attn_implementation
     decoder = hf.model.language_model
@@ -278,6 +276,20 @@ def measure(variants: dict, hf, args, device, flops: float) -> list[dict]:
     return rows
 
 
+def longest_kernels(run, hf, device) -> str:
+    """torch.profiler's table of one run of a variant, longest kernels first (on a CPU: operators)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    hf.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+
+
 def run_zero3(args, config, device, dtype, group, flops: float) -> None:
     """The packed update through Policy: ZeRO-3, clipping and the optimiser's step, by phase."""
     from train import distributed
@@ -295,7 +307,7 @@ def run_zero3(args, config, device, dtype, group, flops: float) -> None:
             model=box[0], dtype="bf16" if dtype == torch.bfloat16 else "fp32", attention=args.attention[0],
             optimizer="adamw", learning_rate=1e-6, weight_decay=0.01, adam_betas=(0.9, 0.999), adam_eps=1e-8,
             max_grad_norm=1.0, gradient_checkpointing=True, deepspeed_config=args.deepspeed_config, seed=0,
-            fused=args.fused, kept_layers=args.kept_layers,
+            fused=args.fused, kept_layers=args.kept_layers, kept_vision_layers=args.kept_vision_layers,
         )  # fmt: skip
         policy = build_policy(settings, device=device, normalisation=NORMALISATION)
         distributed.barrier("model loaded")
@@ -357,6 +369,8 @@ def main() -> None:
         "--fused", action="store_true", help="compiled norms, rotations and gated products (train/fused.py)"
     )
     parser.add_argument("--kept_layers", type=int, default=0, help="last decoder layers that are not recomputed")
+    parser.add_argument("--kept_vision_layers", type=int, default=0, help="the same for the vision tower")
+    parser.add_argument("--profile", action="store_true", help="then show the longest kernels of the first variant")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs per variant")
     parser.add_argument("--rows", action=argparse.BooleanOptionalAction, default=True, help="also our kernels in rows")
     parser.add_argument("--library", action=argparse.BooleanOptionalAction, default=True, help="also rows/hf")
@@ -389,6 +403,8 @@ def main() -> None:
     variants, hf = make_variants(args, config, device, dtype, group)
     gradients = check(variants, hf)
     rows = measure(variants, hf, args, device, flops)
+    if args.profile:
+        print(longest_kernels(next(iter(variants.values())), hf, device))
     if args.out:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         content = {"flops": flops, "device": name, "args": vars(args), "gradients": gradients, "variants": rows}

@@ -50,10 +50,8 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--recipe_frames", choices=("float", "uint8"), default="float", help="what a and b give vLLM")
     parser.add_argument("--load_workers", type=int, default=None, help="threads that read prompts; default 4")
     parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=False, help="train/fused.py, for all variants"
+        "--train_args", default="", help="further flags of train/main.py for all variants, as one string: '--fused'"
     )
-    parser.add_argument("--kept_layers", type=int, default=0, help="last decoder layers that are not recomputed")
-    parser.add_argument("--train_args", default="", help="further flags of train/main.py, as one string")
     parser.add_argument(
         "--work_dir", default=None, help="model, clips and caches; default: a folder in the temporary one"
     )
@@ -86,9 +84,7 @@ def training_arguments(flags: Namespace, model_dir: str, ranks: int) -> Namespac
         "--kl_in", "none", "--kl_coef", "0", "--learning_rate", "1e-6", "--load_workers", str(flags.load_workers),
         "--style", "direct",
     ]  # fmt: skip
-    args = parse_args(given + flags.train_args.split())
-    args.fused, args.kept_layers = flags.fused, flags.kept_layers
-    return args
+    return parse_args(given + flags.train_args.split())
 
 
 def response_lengths(spec: str, prompts: int, group_size: int, cap: int, seed: list[int]) -> list[list[int]]:
@@ -105,7 +101,7 @@ def response_lengths(spec: str, prompts: int, group_size: int, cap: int, seed: l
 def settings_of(flags: Namespace) -> dict:
     """What two commands must share for their steps to go into one file."""
     kept = ("size", "workload", "frames", "prompts", "group_size", "response_tokens", "max_response_tokens", "clips",
-            "once_rows", "fused", "kept_layers", "train_args")  # fmt: skip
+            "once_rows", "train_args")  # fmt: skip
     return {name: getattr(flags, name) for name in kept} | {"ranks": int(os.environ.get("WORLD_SIZE", "1"))}
 
 

@@ -31,8 +31,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cProfile
+import io
 import multiprocessing
 import os
+import pstats
 import time
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -92,6 +95,7 @@ class Bench:
     shape: object
     seconds: dict  # phase -> seconds of the running step
     profiler: object = None  # of the running step's update, if that is asked for
+    rollout_calls: str = ""  # what Python did in the rollout of that step
 
 
 @contextmanager
@@ -105,15 +109,28 @@ def phase(bench: Bench, name: str):
     wait()
     distributed.barrier(f"before {name}")
     watching = bench.profiler if name == "update" else None
+    calls = cProfile.Profile() if bench.profiler and name == "rollout" else None
     if watching:
         watching.start()
+    if calls:
+        calls.enable()
     began = time.perf_counter()
     yield
+    if calls:
+        calls.disable()
+        bench.rollout_calls = longest_calls(calls)
     wait()
     distributed.barrier(f"after {name}")
     bench.seconds[name] = bench.seconds.get(name, 0.0) + time.perf_counter() - began
     if watching:
         watching.stop()
+
+
+def longest_calls(calls: cProfile.Profile, count: int = 30) -> str:
+    """Python functions by the time spent in themselves: a rollout that waits for the GPU shows its waiting."""
+    text = io.StringIO()
+    pstats.Stats(calls, stream=text).sort_stats("tottime").print_stats(count)
+    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
 
 
 # ---- training side --------------------------------------------------------------------------------------------------
@@ -473,7 +490,8 @@ def one_step(bench: Bench, name: str, number: int, warm: set[str], results: dict
 
 
 def profile_updates(bench: Bench, results: dict) -> None:
-    """--profile: one more step of these variants, and the longest kernels of its update (on a CPU: operators)."""
+    """--profile: one more step of these variants: the longest kernels of its update (on a CPU: operators), the longest
+    Python functions of its rollout."""
     from torch.profiler import ProfilerActivity, profile
 
     from train import distributed
@@ -495,6 +513,8 @@ def profile_updates(bench: Bench, results: dict) -> None:
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
         results["profile"][name] = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
         say(f"update of {name}:\n{results['profile'][name]}")
+        results["profile"][f"rollout of {name}"] = bench.rollout_calls
+        say(f"rollout of {name}, Python's functions:\n{bench.rollout_calls}")
         save(flags, results)
 
 

@@ -69,10 +69,9 @@ def verdicts(out: Path) -> list[Verdict]:
     if results := read_json(out / "peer-2b.json"):
         found += peer_verdicts(results)
     if figures := read_json(out / "evaluate-2b.json"):
+        idle = (figures.get("gpu_idle_share") or {}).get("pipeline")
         found += [
-            below(
-                "evaluation 2b: share of time without a request in the engine", figures["engine_idle_share"], 0.10, "%"
-            ),
+            below("evaluation 2b: GPU idle share of the pipeline", idle, 0.10, "%"),
             at_least("evaluation 2b: pipeline over the loop", figures["times_the_loop"], 6.0),
         ]
     return found
@@ -242,10 +241,13 @@ def packed_section(packed: dict, record: dict) -> str:
 def evaluate_section(figures: dict, record: dict) -> str:
     sentence = f"{figures['questions']} questions about {figures['clips']} clips; a way's median time counts."
     lines = heading(record.get("date", ""), "One GPU", record.get("versions", {}), record.get("commands", []), sentence)
+    idle = figures.get("gpu_idle_share") or {}
+    shown = {way: f"{idle[way]:.1%}" if way in idle else "an unknown share" for way in ("loop", "pipeline")}
     lines += ["| way | seconds |", "|---|---|"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in figures["median_s"].items()]
     lines.append(
         f"\nThe pipeline takes {figures['times_the_loop']:.2f} times less than the loop; its engine is without a request for "
-        f"{figures['engine_idle_share']:.1%} of the time."
+        f"{figures['engine_idle_share']:.1%} of the time, "
+        f"the GPU without a kernel for {shown['pipeline']} (loop: {shown['loop']})."
     )
     return "\n".join(lines)

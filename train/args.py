@@ -62,6 +62,7 @@ def _model_flags(group) -> None:
     group.add_argument(
         "--kept_layers", type=int, default=0, help="last N decoder layers whose activations are kept, not recomputed"
     )
+    group.add_argument("--kept_vision_layers", type=int, default=0, help="the same for the vision tower's last N layers")
     group.add_argument("--reference_model", default=None, help="folder of the reference policy (default: --model)")
     group.add_argument("--critic_model", default=None, help="folder the critic starts from (default: --model)")
     group.add_argument("--logit_chunk", type=int, default=1024, help="response tokens whose logits exist at once")

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 # "flash" in the name: transformers then hands over cu_seqlens instead of one frame per call.
 VISION_VARLEN = "varlen_flash_vision"
+CPU_BLOCK = 1 << 17  # floats that normalise() works on at once
 
 
 def read_normalisation(model_dir: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -53,8 +54,14 @@ def normalise(patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     scale = 1.0 / (1 / 255)  # as the processors write it
     mean_t = (torch.tensor(mean, device=patches.device) * scale).view(1, -1, 1)
     std_t = (torch.tensor(std, device=patches.device) * scale).view(1, -1, 1)
-    per_channel = patches.view(patches.shape[0], len(mean), -1).to(torch.float32)
-    return per_channel.sub_(mean_t).div_(std_t).view(patches.shape[0], -1)
+    out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device)
+    # On a CPU in blocks that stay in its cache: three passes over 100 MB of floats would wait for memory.
+    rows = max(1, len(patches) if patches.is_cuda else CPU_BLOCK // max(1, patches.shape[1]))
+    for start in range(0, len(patches), rows):
+        block = out[start : start + rows]
+        block.copy_(patches[start : start + rows])
+        block.view(len(block), len(mean), -1).sub_(mean_t).div_(std_t)
+    return out
 
 
 def patch_embedding_as_matmul(tower: nn.Module) -> None:

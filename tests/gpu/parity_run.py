@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import faulthandler
 import fcntl
 import json
 import os
@@ -79,6 +80,7 @@ def used_gib() -> float:
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(45, repeat=True)  # where it is, if it takes that long
     model_dir, media_folder, out, attention = sys.argv[1:5]
     device = distributed.init()
     distributed.init_deepspeed(device)

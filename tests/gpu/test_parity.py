@@ -32,7 +32,7 @@ def start(family: str, tied: bool, attention: str, media: Path, out: Path) -> su
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen, out: Path, timeout_s: float = 200) -> dict:
+def finish(process: subprocess.Popen, out: Path, timeout_s: float = 400) -> dict:
     """What the program saw. A test that asks for it fails with the end of its log if there is nothing."""
     try:
         status = process.wait(timeout=timeout_s)

@@ -24,7 +24,7 @@ from train.group_attention import (
     varlen_packed,
 )
 from train.packed_model import PackedModel
-from train.policy import buffers_to
+from train.policy import buffers_to, checkpoint_activations
 from train.token_logprobs import chunked_logprobs
 from train.vision import normalise, patch_embedding_as_matmul, read_normalisation
 
@@ -390,3 +390,32 @@ def test_buffers_go_where_the_model_runs_and_parameters_stay():
     }  # fmt: skip
     assert {parameter.device.type for parameter in outer.parameters()} == {"cpu"}
     assert inner.banned.shape == (2,) and inner.banned.dtype == torch.int64 and inner.nothing is None
+
+
+def count_calls(modules) -> list[int]:
+    """A list whose one element is how often the modules' forwards have run since."""
+    calls = [0]
+
+    def count(*_) -> None:
+        calls[0] += 1
+
+    for module in modules:
+        module.register_forward_pre_hook(count)
+    return calls
+
+
+def test_kept_layers_are_not_computed_again(models):
+    """A layer's products run twice where they are recomputed and once where activations are kept. The gradient is that of
+    plain checkpointing, bit for bit."""
+    gradients = []
+    for kept, kept_vision in ((0, 0), (1, 2)):
+        _, packed, maker = models("qwen3_vl", torch.float32)
+        checkpoint_activations(packed.hf, kept, kept_vision)
+        layers, blocks = packed.hf.model.language_model.layers, packed.hf.model.visual.blocks
+        decoder = count_calls(layer.self_attn.q_proj for layer in layers)
+        tower = count_calls(block.attn.qkv for block in blocks)
+        logprobs, _ = packed(pack([maker.group("video", [4, 9], 1)[0]], backend="sdpa", device=CPU))
+        (logprobs * torch.arange(1, len(logprobs) + 1)).sum().backward()
+        assert (decoder, tower) == ([2 * len(layers) - kept], [2 * len(blocks) - kept_vision])
+        gradients.append({name: parameter.grad for name, parameter in packed.hf.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
