@@ -31,13 +31,13 @@ images=(--image_min_pixels 12544 --image_max_pixels 12544)
 case $SIZE in
   gpu)
     model=() clips=4000
-    see=(--max_steps 1500 --prompts_per_step 64 --learning_rate 1e-3 --warmup_steps 50)
-    tune=(--max_steps 800 --prompts_per_step 64 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
+    see=(--max_steps 400 --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 30)
+    tune=(--max_steps 300 --prompts_per_step 128 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
     sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 100 --save_every 200 --load_workers 8)
     rl=(--max_steps 60 --prompts_per_step 64 --group_size 8 --learning_rate 5e-6 --token_budget 65536 --no-gradient_checkpointing
-      --validate_every 10 --validate_limit 256 --save_every 20 --gpu_memory_utilization 0.4 --load_workers 8)
+      --validate_every 10 --validate_limit 256 --save_every 20 --kv_cache_gib 12 --load_workers 8)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
-    engine=(--max_num_seqs 256) validated=256 answer=192 ;;
+    engine=(--max_num_seqs 256 --kv_cache_gib 12 --gpu_memory_utilization 0.15) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
     see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)

@@ -118,6 +118,7 @@ def losses(model, made, encoder):
     return torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
 
 
+@pytest.mark.slow
 def test_losses_norms_and_weights_are_those_of_a_plain_loop(straight, rows):
     """Four updates: mean over the mini-batch's tokens, clipped at 1, AdamW with a rate for the tower and merger apart."""
     folder, output = straight
@@ -173,6 +174,7 @@ def mean_loss(found, field: str = "", value: str = "") -> float:
     return float(torch.cat([each for sample, each in found if not field or getattr(sample, field) == value]).mean())
 
 
+@pytest.mark.slow
 def test_validation_counts_every_held_out_row_once_on_two_ranks(straight, untrained):
     """24 rows in batches of 6; the mean over tokens of the untrained model, row by row."""
     _, output = straight
@@ -194,6 +196,7 @@ def test_validate_only_measures_all_rows_types_and_sources_and_trains_nothing(ti
     assert not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "final", "done.json"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_straight_runs_weights(straight, rows, tmp_path):
     folder, output = straight
     again = tmp_path / "run"
