@@ -122,11 +122,14 @@ class RolloutEngine:
         if max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = max_num_batched_tokens
         shared = range(self.replica * tensor_parallel, (self.replica + 1) * tensor_parallel)
-        if not on_cuda and tensor_parallel > 1:
-            vllm_access.remove_shared_memory(shared, rank - shared.start)  # of a run that was killed
+
+        def remove_shared_memory() -> None:
+            if not on_cuda and tensor_parallel > 1:
+                vllm_access.remove_shared_memory(shared, rank - shared.start)
+
+        remove_shared_memory()  # of a run that was killed
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
-        if not on_cuda and tensor_parallel > 1:
-            vllm_access.remove_shared_memory(shared, rank - shared.start)  # all ranks have it; nothing is left at the end
+        remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._names = expected_names(encoder.config, trust_remote_code)  # emptied after the first sync
         self._asleep = {"weights": False, "kv_cache": False}

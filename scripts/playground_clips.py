@@ -96,7 +96,7 @@ def _quarters(rng: np.random.Generator, n: int) -> list[tuple[float, float]]:
     return [(x + dx, y + dy) for (x, y), (dx, dy) in zip(corners, jitter, strict=True)]
 
 
-def _half_seconds(rng: np.random.Generator, low_s: float, high_s: float) -> float:
+def half_seconds(rng: np.random.Generator, low_s: float, high_s: float) -> float:
     """A multiple of half a second in [low_s, high_s]."""
     return float(rng.integers(round(low_s * 2), round(high_s * 2) + 1)) / 2
 
@@ -136,8 +136,8 @@ class SceneMaker:
         elif kind == "appear":
             comes, stays = self.deal("appear colours", pairs)
             place, other = _quarters(rng, 2)
-            length_s = _half_seconds(rng, max(0.5, 0.25 * duration_s), 0.5 * duration_s)
-            from_s = _half_seconds(rng, 0.0, duration_s - length_s)
+            length_s = half_seconds(rng, max(0.5, 0.25 * duration_s), 0.5 * duration_s)
+            from_s = half_seconds(rng, 0.0, duration_s - length_s)
             things = [thing(comes, place, None, from_s, from_s + length_s), thing(stays, other)]
         elif kind == "order":
             first, missing = self.deal("order colours", pairs)
@@ -172,11 +172,14 @@ def draw_scenes(seed: int, split: str, n_clips: int, n_stills: int) -> list[Scen
     return scenes
 
 
-def _ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) float32 ground: blotches of muted colour with fine grain."""
-    coarse = rng.uniform(85, 165, (5, 5, 1)) + rng.uniform(-15, 15, (5, 5, 3))
+def draw_ground(
+    rng: np.random.Generator, width: int, height: int, *, blotches: int, brightest: float, tint: float, grain: float
+) -> np.ndarray:
+    """(H, W, 3) float32 ground: blotches x blotches of muted colour, grey levels from 85 to `brightest` give or take `tint` in
+    each channel, with a fine grain of standard deviation `grain`."""
+    coarse = rng.uniform(85, brightest, (blotches, blotches, 1)) + rng.uniform(-tint, tint, (blotches, blotches, 3))
     image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.float32) + rng.normal(0, 5, (height, width, 1)).astype(np.float32)
+    return np.asarray(image, np.float32) + rng.normal(0, grain, (height, width, 1)).astype(np.float32)
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -193,7 +196,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarr
 def render(scene: Scene) -> np.ndarray:
     """(F, H, W, 3) uint8 frames of the scene; F = 1 for a still."""
     rng = np.random.default_rng(scene.ground_seed)
-    ground = _ground(rng, scene.width, scene.height)
+    ground = draw_ground(rng, scene.width, scene.height, blotches=5, brightest=165, tint=15, grain=5)
     ys, xs = np.mgrid[0 : scene.height, 0 : scene.width].astype(np.float32) + 0.5
     n_frames = 1 if scene.is_still else round(scene.duration_s * scene.fps)
     frames = np.empty((n_frames, scene.height, scene.width, 3), np.uint8)

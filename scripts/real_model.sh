@@ -31,13 +31,13 @@ images=(--image_min_pixels 12544 --image_max_pixels 12544)
 case $SIZE in
   gpu)
     model=() clips=4000
-    see=(--max_steps 1500 --prompts_per_step 64 --learning_rate 1e-3 --warmup_steps 50)
-    tune=(--max_steps 800 --prompts_per_step 64 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
+    see=(--max_steps 400 --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 30)
+    tune=(--max_steps 300 --prompts_per_step 128 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
     sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 100 --save_every 200 --load_workers 8)
     rl=(--max_steps 60 --prompts_per_step 64 --group_size 8 --learning_rate 5e-6 --token_budget 65536 --no-gradient_checkpointing
-      --validate_every 10 --validate_limit 256 --save_every 20 --gpu_memory_utilization 0.4 --load_workers 8)
+      --validate_every 10 --validate_limit 256 --save_every 20 --kv_cache_gib 12 --load_workers 8)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
-    engine=(--max_num_seqs 256) validated=256 answer=192 ;;
+    engine=(--max_num_seqs 256 --kv_cache_gib 12 --gpu_memory_utilization 0.15) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
     see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
@@ -73,6 +73,10 @@ supervised() {  # supervised NAME MODEL FLAGS...: train/sft.py into $RUN/NAME
   ranks train/sft.py --model "$from" --output_dir "$RUN/$name" --seed "$SEED" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
     "${tokens[@]}" "${sft[@]}" --keep_last 1 "${limit[@]}" "$@"
 }
+sees() {  # sees NAME: does $RUN/NAME/final look? Its loss on held-out captions with their own pixels and with another scene's
+  supervised "$1/sees" "$RUN/$1/final" --data "$DATA/heldout_captions.jsonl" "${see[@]}" \
+    --validate_only --validate_data "$DATA"/heldout_captions{,_swapped}.jsonl && python scripts/real_model/sees.py "$RUN/$1/sees"
+}
 evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids say which set a question is of
   "${bounded[@]}" python evaluate/custom.py --model "$1" --name real --prompt think --run_dir "$RUN/$2" \
     --data "$DATA"/{heldout,heldout_blind,unseen,unseen_blind,text_only}.jsonl "${cache[@]}" "${frames[@]}" "${pixels[@]}" \
@@ -97,9 +101,11 @@ for name in "${phases[@]}"; do
     decode) phase "decode every clip once" "$DATA/decoded" decode ;;
     base) phase "evaluate the folder before any training" "$RUN/base/results.json" evaluate "$RUN/model" base ;;
     see) phase "supervised 1: tower and merger learn to see, the language model stands still" "$RUN/see/done.json" \
-      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model ;;
+      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model
+      phase "does it look after supervised 1" "$RUN/see/sees/sees.json" sees see ;;
     tune) phase "supervised 2: everything, gently" "$RUN/tune/done.json" \
-      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}" ;;
+      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}"
+      phase "does it look after supervised 2" "$RUN/tune/sees/sees.json" sees tune ;;
     supervised) phase "evaluate the supervised model" "$RUN/supervised/results.json" evaluate "$RUN/tune/final" supervised ;;
     rl)
       for algorithm in $ALGORITHMS; do

@@ -5,10 +5,11 @@
                                             rank-0.pt    random states of that rank
                                             state.json   step, data position, controllers, scores
                                             hf/          the policy as a Hugging Face folder
-                                            complete.json   written last: the size of every other file
+                                            complete.json   written last: size and checksum of every other file
 
 A checkpoint is written under a temporary name, fsynced, renamed, and only then are older ones pruned: a kill at any moment
-leaves the newest complete one in place. Folders without a matching complete.json are never resumed from.
+leaves the newest complete one in place. Folders without a matching complete.json are never resumed from; a file with other
+contents than were written ends the start of a run, by its name.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from train import distributed, resharding
 
 STATE_VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
+_RANK = re.compile(r"rank[_-](\d+)")  # in the names of files that every rank writes for itself
+BLOCK_BYTES = 8 << 20  # read at once for a checksum
 
 
 def save(
@@ -58,12 +62,20 @@ def save(
             critic.engine.save_checkpoint(str(partial / "critic"), tag="state", save_latest=False)
         torch.save(_random_states(), partial / f"rank-{distributed.rank()}.pt")
     export_hf(policy, encoder, partial / "hf")
-    distributed.barrier("checkpoint shards written")
+    sizes = None
     if distributed.rank() == 0:
         state = {"version": STATE_VERSION, "step": step, "world_size": distributed.world_size(), **state}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
+    distributed.barrier("checkpoint shards written")
+    if distributed.rank() == 0:
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        manifest = {"step": step, "resumable": not model_only, "files": sizes, "time": time.time()}
+    sizes = distributed.broadcast_object(sizes)
+    sums = checksums(partial, sizes)
+    unread = [name for name, value in sums.items() if value is None]
+    if unread:
+        raise RuntimeError(f"{partial}: cannot read back {', '.join(unread)}: is --output_dir one folder on all hosts?")
+    if distributed.rank() == 0:
+        manifest = {"step": step, "resumable": not model_only, "files": sizes, "xxh3_64": sums, "time": time.time()}
         (partial / "complete.json").write_text(json.dumps(manifest))
         for path in [*partial.rglob("*"), partial]:
             _fsync(path)
@@ -110,6 +122,56 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
+def checksums(folder: Path, sizes: dict[str, int]) -> dict[str, str | None]:
+    """Collective: xxh3_64 of every file in `sizes` (name: bytes, the same on all ranks), in hexadecimal, on every rank; None
+    where it cannot be read. Each rank reads its share of the files.
+    """
+    found: dict[str, str | None] = {}
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    for name in shares(sizes, distributed.world_size(), near)[distributed.rank()]:
+        digest = xxhash.xxh3_64()
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+        except OSError:
+            found[name] = None
+    return dict(sorted(pair for one in distributed.all_gather_objects(found) for pair in one.items()))
+
+
+def shares(sizes: dict[str, int], ranks: int, near: int) -> list[list[str]]:
+    """Which rank reads which file: a rank's own files (by the number in the name) itself, since it wrote them and its host
+    may still hold them in memory; those of rank 0 alone are dealt to the `near` ranks of its host, the largest first.
+    """
+    lists: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for name in sorted(sizes, key=lambda name: (_RANK.search(name) is None, -sizes[name], name)):
+        own = _RANK.search(name)
+        reader = int(own[1]) % ranks if own else min(range(min(near, ranks)), key=load.__getitem__)
+        lists[reader].append(name)
+        load[reader] += sizes[name]
+    return lists
+
+
+def verify(folder: Path) -> None:
+    """Collective: raises RuntimeError on every rank, naming the files of a checkpoint whose contents are not those that were
+    written, and the way out. One written before there were checksums passes: its sizes are all that is known.
+    """
+    manifest = distributed.broadcast_object(
+        json.loads((folder / "complete.json").read_text()) if distributed.is_main() else None
+    )
+    written = manifest.get("xxh3_64", {})
+    found = checksums(folder, {name: manifest["files"][name] for name in written})
+    damaged = [
+        f"{folder / name} (xxh3_64 is {found[name] or 'unknown, it cannot be read'}, was {written[name]})"
+        for name in written
+        if found[name] != written[name]
+    ]
+    if damaged:
+        raise RuntimeError(f"damaged since it was written: {'; '.join(damaged)}\n{_way_out(folder)}")
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint, before any model is built. Raises ValueError when it is of another version."""
     state = json.loads((folder / "state.json").read_text())
@@ -129,8 +191,7 @@ def load(folder: Path, policy, *, critic=None) -> None:
         _load(folder, policy, critic)
     except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise RuntimeError(
-            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}): remove it, and the same command takes the "
-            "one before; or name another with --resume"
+            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}): {_way_out(folder)}"
         ) from error
 
 
@@ -184,11 +245,15 @@ def best(output_dir: str | Path, metric: str) -> Path | None:
 
 
 def prune(output_dir: str | Path, keep_last: int, best: Path | None = None) -> list[Path]:
-    """Delete all but the newest `keep_last` complete checkpoints and `best` (rank 0 only). Returns what was deleted."""
+    """Delete all but the `keep_last` complete checkpoints that were written last and `best` (rank 0 only). Returns what was
+    deleted. By time, not step: after a way back with --resume the later steps left over are old.
+    """
     if keep_last == 0 or distributed.rank() != 0:
         return []
     folders = list_checkpoints(output_dir)
-    keep = {path.name for path in [p for p in folders if (p / "complete.json").exists()][-keep_last:]}
+    complete = [path for path in folders if (path / "complete.json").exists()]
+    complete.sort(key=lambda path: json.loads((path / "complete.json").read_text()).get("time", 0.0))
+    keep = {path.name for path in complete[-keep_last:]}
     if best is not None:
         keep.add(best.name)
     removed = [path for path in folders if path.name not in keep]
@@ -198,6 +263,15 @@ def prune(output_dir: str | Path, keep_last: int, best: Path | None = None) -> l
         path.rename(doomed)
         shutil.rmtree(doomed)
     return removed
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a damaged checkpoint: the complete one before it, if there is one."""
+    before = [path for path in list_checkpoints(folder.parent.parent) if path == folder or is_complete(path)]
+    place = before.index(folder) if folder in before else 0
+    if place == 0:
+        return f"there is no complete one before {folder}: remove it and start anew (--resume never), or restore it from a copy"
+    return f"go back to the one before: remove {folder}, and the same command does; or name it: --resume {before[place - 1]}"
 
 
 def _needed_bytes(policy, critic, model_only: bool) -> int:

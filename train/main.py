@@ -229,18 +229,13 @@ def train(args, samples, held_out) -> int:
 
     from train import checkpoint, distributed, run_log, trackers
     from train.flops import bf16_peak_flops
-    from train.plan import seed_everything, total_steps
+    from train.plan import start_ranks, total_steps
     from train.report import write_report
     from train.validation import validate
 
     began = time.monotonic()
     folder, steps = Path(args.output_dir), total_steps(args, len(samples))
-    device = distributed.init(timeout_s=args.phase_limit_s)
-    lock = distributed.lock_run(folder)
-    distributed.init_deepspeed(device)
-    seed_everything(args.seed)
-    resumed = checkpoint.find(folder, args.resume)
-    state = checkpoint.read_state(resumed) if resumed else {}
+    device, lock, resumed, state = start_ranks(args)
     start = state.get("step", 0)
     stop = distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)

@@ -309,6 +309,29 @@ def validation_budgets(args) -> dict:
     }
 
 
+def start_ranks(args):
+    """Collective. What a training does before it builds a model -> (this rank's device, the lock of --output_dir, the
+    checkpoint that --resume names or None, its state or {}).
+
+    The lock is a file on rank 0 and None on the others: keep it as long as the run, close it at the end. Raises RuntimeError
+    when another run holds --output_dir or a file of the checkpoint is damaged, FileNotFoundError when --resume is not a complete
+    checkpoint.
+    """
+    from train import checkpoint, distributed
+
+    device = distributed.init(timeout_s=args.phase_limit_s)
+    lock = distributed.lock_run(args.output_dir)
+    distributed.init_deepspeed(device)
+    seed_everything(args.seed)
+    resumed = checkpoint.find(args.output_dir, args.resume)
+    if resumed is None:
+        return device, lock, None, {}
+    if distributed.is_main():
+        print(f"checking the files of {resumed}", flush=True)
+    checkpoint.verify(resumed)
+    return device, lock, resumed, checkpoint.read_state(resumed)
+
+
 def seed_everything(seed: int) -> None:
     """Python, NumPy and torch, different on every rank (dropout and the like); the sampler has seeds of its own."""
     import numpy as np

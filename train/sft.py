@@ -5,7 +5,8 @@
 
 A row's `offline_output` is the single response of a group of one, encoded, packed and cut into micro-batches exactly as
 train/main.py does it; the loss is the mean negative log-likelihood of its tokens (the end token included) over the whole
-mini-batch on all ranks. --prompts_per_step is the mini-batch. --validate_data measures the same on held-out rows.
+mini-batch on all ranks. --prompts_per_step is the mini-batch. --validate_data measures the same on held-out rows,
+--validate_only nothing else.
 """
 
 import json
@@ -56,7 +57,8 @@ def lesson(prompt, encoder, args):
 def losses(run: Run, groups: list, metrics, name: str, *, real: int | None = None, train: bool = False) -> None:
     """Forward over this rank's groups in micro-batches, `train` with the backward pass. Collective.
 
-    Only the first `real` groups count. Records <name> and <name>/<problem type>, nats per response token.
+    Only the first `real` groups count. Records <name> and <name>/<problem type>, nats per response token; when not training
+    <name>_by_source/<source> too.
     """
     import torch
 
@@ -79,6 +81,8 @@ def losses(run: Run, groups: list, metrics, name: str, *, real: int | None = Non
         for row, total, tokens in zip(micro.rows.tolist(), nll.detach().sum(dim=1), part.sum(dim=1)):
             metrics.mean(name, total, tokens)
             metrics.mean(f"{name}/{batch.problem_types[row]}", total, tokens)
+            if not train:
+                metrics.mean(f"{name}_by_source/{groups[row].prompt.sample.source}", total, tokens)
 
 
 def sft_step(run: Run):
@@ -111,7 +115,8 @@ def sft_step(run: Run):
 
 
 def validate(run: Run) -> dict[str, float]:
-    """validate/nll and validate/nll/<problem type> over the held-out rows, each counted once. Collective."""
+    """validate/nll, validate/nll/<problem type> and validate/nll_by_source/<source> over the held-out rows, each counted once.
+    Collective."""
     from train import distributed
     from train.metrics import StepMetrics
 
@@ -132,17 +137,12 @@ def train(args, samples: list, held_out: list, encoder) -> int:
     from data.loader import PromptLoader
     from train import checkpoint, distributed, flops, run_log, trackers
     from train.optimizer import Schedule
-    from train.plan import check_cache, sample_order, seed_everything, total_steps
+    from train.plan import check_cache, sample_order, start_ranks, total_steps
     from train.policy import build_policy
 
     began = time.monotonic()
     folder, steps = Path(args.output_dir), total_steps(args, len(samples))
-    device = distributed.init(timeout_s=args.phase_limit_s)
-    lock = distributed.lock_run(folder)
-    distributed.init_deepspeed(device)
-    seed_everything(args.seed)
-    resumed = checkpoint.find(folder, args.resume)
-    state = checkpoint.read_state(resumed) if resumed else {}
+    device, lock, resumed, state = start_ranks(args)
     start, stop = state.get("step", 0), distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)
     check_cache(encoder, samples + held_out)
@@ -171,9 +171,9 @@ def train(args, samples: list, held_out: list, encoder) -> int:
         return scores
 
     step, why = start, None
-    if args.validate_at_start and start == 0:
-        measured(0)
-    while step < steps and why is None:
+    if args.validate_only or (args.validate_at_start and start == 0):
+        measured(start)
+    while step < steps and not args.validate_only and why is None:
         step += 1
         row = sft_step(run).reduce()
         row["data/position"], row["data/epoch"] = loader.position, loader.position / len(samples)
@@ -194,7 +194,7 @@ def train(args, samples: list, held_out: list, encoder) -> int:
             saved = {"position": loader.position, "schedule": schedule.state_dict(), "scores": row}
             checkpoint.save(folder, step, saved, policy, encoder, model_only=args.save_model_only)
             checkpoint.prune(folder, args.keep_last)
-    if step >= steps and distributed.is_main():
+    if step >= steps and not args.validate_only and distributed.is_main():
         final = folder / "final"
         shutil.rmtree(final, ignore_errors=True)
         shutil.copytree(folder / "checkpoints" / f"step-{step:06d}" / "hf", final)

@@ -17,7 +17,7 @@ UNUSED_GROUPS = (
 UNUSED = (
     "reference_model", "critic_model", "prompts_per_update", "update_epochs", "skip_zero_advantage", "park",
     "sync_bucket_mib", "check_parity", "profile_steps", "sequence_parallel", "keep_best", "log_rollouts", "explain",
-    "log_rollouts_every", "validate_only", "validate_samples", "validate_temperature", "validate_top_p",
+    "log_rollouts_every", "validate_samples", "validate_temperature", "validate_top_p",
     "validate_top_k", "validate_max_response_tokens",
 )  # fmt: skip
 KEPT = ("prompts_per_step", "max_response_tokens")

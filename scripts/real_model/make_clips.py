@@ -9,6 +9,7 @@ writes, the same for the same seed:
     heldout.jsonl  heldout_blind.jsonl     questions about other clips, and the same about their grey twins
     unseen.jsonl  unseen_blind.jsonl       pairs of colour and shape that no train clip shows
     heldout_captions.jsonl  …_blind.jsonl  descriptions of the held-out ones: what a loss that sees is measured on
+    heldout_captions_swapped.jsonl         the same descriptions, each with the media of another scene
     text_only.jsonl                        a fixed set without media, the same for every seed
     complete.json                          written last: counts and settings
 """
@@ -28,7 +29,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.real_model.questions import blind_row, caption_rows, question_rows
+from scripts.real_model.questions import blind_row, caption_rows, question_rows, swapped_rows
 from scripts.real_model.scenes import CLIP_KINDS, draw_scenes, write_blind, write_scene
 from scripts.real_model.text_questions import ability_rows, text_rows
 
@@ -60,6 +61,7 @@ def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | Non
         rows[f"{split}_blind"] = [blind_row(row, split) for row in rows[split]]
     rows["heldout_captions"] = caption_rows(scenes["heldout"])
     rows["heldout_captions_blind"] = [blind_row(row, "caption") for row in rows["heldout_captions"]]
+    rows["heldout_captions_swapped"] = swapped_rows(rows["heldout_captions"], seed)
     rows["text_only"] = ability_rows()
     folder.mkdir(parents=True, exist_ok=True)
     every = [scene for listed in scenes.values() for scene in listed]

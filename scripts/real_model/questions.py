@@ -322,3 +322,23 @@ def blind_row(made: Row, split: str) -> Row:
         if key in blind:
             blind[key] = [made["blind"]]
     return blind
+
+
+def swapped_rows(rows: list[Row], seed: int) -> list[Row]:
+    """The rows (of a scene each), everyone with another scene's media of the same kind: how well they are answered without
+    seeing what they are about. The same for the same seed. Raises ValueError when a kind has one scene alone.
+
+    The videos go round one cycle through all of them in a random order, and so do the stills.
+    """
+    rng = np.random.default_rng([seed, 300])
+    swapped = list(rows)
+    for key in ("videos", "images"):
+        cycle = rng.permutation([i for i, made in enumerate(rows) if key in made]).tolist()
+        if len(cycle) == 1:
+            raise ValueError(f"{rows[cycle[0]]['problem_id']}: no other row has {key} to swap with")
+        for here, there in zip(cycle, [*cycle[1:], *cycle[:1]]):
+            made = rows[here]
+            name = made["problem_id"].replace("caption", "caption_swapped", 1)
+            source = f"{made['data_source']}_swapped"
+            swapped[here] = made | {"problem_id": name, "data_source": source, key: rows[there][key]}
+    return swapped

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scripts.playground_clips import GREY, Deck, write_media
+from scripts.playground_clips import DIRECTIONS, GREY, Deck, draw_ground, half_seconds, write_media
 
 SIDE = 112  # pixels; 4 x 4 merged patches of 28
 FPS = 8
@@ -33,7 +33,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 # One shape per colour that is never trained with it; every colour and every shape is trained with others.
 HELD_OUT = frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 WALL = (45, 45, 50)
 CLIP_KINDS = ("move", "speed", "order", "span", "count", "hide", "change", "bump")
 STILL_KINDS = ("still",)
@@ -129,10 +128,6 @@ class SceneMaker:
         centres = [(0.2 + 0.3 * (i % 3), 0.2 + 0.3 * (i // 3)) for i in self.rng.permutation(9)[:n].tolist()]
         return [(x + dx, y + dy) for (x, y), (dx, dy) in zip(centres, self.rng.uniform(-0.03, 0.03, (n, 2)).tolist())]
 
-    def half_seconds(self, low_s: float, high_s: float) -> float:
-        """A multiple of half a second in [low_s, high_s]."""
-        return float(self.rng.integers(round(low_s * 2), round(high_s * 2) + 1)) / 2
-
     def draw(self, name: str, kind: str) -> Scene:
         """The scene `name` of that kind. Raises ValueError for an unknown kind."""
         makers = {kind: getattr(self, f"_{kind}") for kind in CLIP_KINDS + STILL_KINDS}
@@ -188,8 +183,8 @@ class SceneMaker:
     def _span(self, duration_s: float):
         """One thing is there for a part of the clip, another one all the time."""
         remains = self.deal("remains", (True, False))
-        length_s = self.half_seconds(1.0, duration_s / 2)
-        from_s = duration_s - length_s if remains else self.half_seconds(0.0, duration_s - length_s - 1.0)
+        length_s = half_seconds(self.rng, 1.0, duration_s / 2)
+        from_s = duration_s - length_s if remains else half_seconds(self.rng, 0.0, duration_s - length_s - 1.0)
         first, second = self.names(2)
         a, b = self.cells(2)
         return [still(first, a, from_s, from_s + length_s), still(second, b, 0.0, duration_s)], {"remains": remains}
@@ -200,8 +195,8 @@ class SceneMaker:
         left = int(self.rng.integers(0, n))
         things = []
         for i, (named, place) in enumerate(zip(self.names(n), self.cells(n))):
-            from_s = self.half_seconds(0.0, duration_s - 2.0) if i else 0.0
-            to_s = self.half_seconds(from_s + 1.0, duration_s - 1.0) if i < left else duration_s
+            from_s = half_seconds(self.rng, 0.0, duration_s - 2.0) if i else 0.0
+            to_s = half_seconds(self.rng, from_s + 1.0, duration_s - 1.0) if i < left else duration_s
             things.append(still(named, place, from_s, to_s))
         return things, {"all": n, "end": n - left}
 
@@ -224,7 +219,7 @@ class SceneMaker:
         changes = self.deal("changes", (True, False))
         first, second, third = self.names(3)
         place, other = self.cells(2)
-        change_s = self.half_seconds(duration_s / 2 - 0.5, duration_s / 2 + 0.5)
+        change_s = half_seconds(self.rng, duration_s / 2 - 0.5, duration_s / 2 + 0.5)
         new = {"later_colour": third[0], "change_s": change_s} if changes else {}
         if changes and self.split != "unseen":  # the new colour must not make a held-out pair
             shape = next(s for s in SHAPES if not {(first[0], s), (third[0], s)} & HELD_OUT)
@@ -241,7 +236,7 @@ class SceneMaker:
         to_right = self.deal("to right", (True, False))
         y = float(self.rng.uniform(0.3, 0.7))
         flip = (lambda x: x) if to_right else (lambda x: 1 - x)
-        hit_s = self.half_seconds(1.5, duration_s - 2.0)
+        hit_s = half_seconds(self.rng, 1.5, duration_s - 2.0)
         reach = 0.32 if cause == "hit" else 0.25
         first, second = self.names(2)
         mover = ((0.0, flip(0.12), y), (hit_s, flip(reach), y))
@@ -281,7 +276,10 @@ def draw_scenes(seed: int, split: str, n_clips: int, n_stills: int) -> list[Scen
 
 
 def covers(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """(H, W) bool: which pixels at offsets x, y from its centre the shape covers. Raises ValueError for another shape."""
+    """(H, W) bool: which pixels at offsets x, y from its centre the shape covers. Raises ValueError for another shape.
+
+    The playground's shapes are its own: another cross, and a circle whose edge is rounded otherwise.
+    """
     wide, high = np.abs(x), np.abs(y)
     far = np.hypot(x, y)
     match shape:
@@ -300,16 +298,10 @@ def covers(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarra
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def ground(rng: np.random.Generator) -> np.ndarray:
-    """(SIDE, SIDE, 3) float32: blotches of muted colour with fine grain, far from the colours of things."""
-    coarse = np.clip(rng.uniform(85, 150, (4, 4, 1)) + rng.uniform(-12, 12, (4, 4, 3)), 0, 255).astype(np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
-    return smooth + rng.normal(0, 4, (SIDE, SIDE, 1)).astype(np.float32)
-
-
 def render(scene: Scene) -> np.ndarray:
     """(F, SIDE, SIDE, 3) uint8 frames of the scene at FPS; F = 1 for a still."""
-    base = ground(np.random.default_rng(scene.ground_seed))
+    rng = np.random.default_rng(scene.ground_seed)
+    base = draw_ground(rng, SIDE, SIDE, blotches=4, brightest=150, tint=12, grain=4)  # far from the colours of things
     ys, xs = (np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5) / SIDE
     n_frames = 1 if scene.is_still else round(scene.duration_s * FPS)
     frames = np.empty((n_frames, SIDE, SIDE, 3), np.uint8)

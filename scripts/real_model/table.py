@@ -3,8 +3,8 @@
     python scripts/real_model/table.py runs/real [--data runs/real/data]
 
 reads base/, supervised/ and <algorithm>-seed<k>/after/ (run folders of evaluate/custom.py over all question sets) and
-writes table.md, table.json and examples.md beside them. Intervals are clustered by clip; differences are paired by question.
-A question about a grey file belongs to the cluster of its seeing twin.
+writes table.md, table.json, examples.md and examples/*.png beside them. Intervals are clustered by clip; differences are paired
+by question. A question about a grey file belongs to the cluster of its seeing twin.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from PIL import Image, ImageDraw
+
+from data.decode import probe, read_frames
 from evaluate._bootstrap import Estimate, Paired, Resampler, paired
 
 SETS = {
@@ -31,6 +34,8 @@ SETS = {
 TARGETS = {"heldout": 0.08, "unseen": 0.05}  # RL over the supervised model, on every seed
 BLIND_WITHIN = 0.03
 EXAMPLES = 10
+FRAMES = 4  # of a clip, in the picture of an example
+GAP, LABEL = 4, 14  # pixels between two frames, and below them for their times
 Scores = dict[str, float]
 
 
@@ -159,8 +164,28 @@ def build(run: Path, data: Path) -> tuple[str, dict[str, Any]]:
     return text, figures
 
 
+def strip(path: Path, *, still: bool) -> tuple[Image.Image, list[float]]:
+    """(picture, times in seconds): the frames at the middles of a clip's four quarters side by side, each with its time below
+    it; a still alone and no times. Raises SystemExit for a file that is not there, MediaError for one that cannot be read."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; give --data the folder that make_clips.py wrote, with its clips")
+    if still:
+        return Image.open(path).convert("RGB"), []
+    timeline = probe(str(path))
+    chosen = [(2 * i + 1) * len(timeline.times_s) // (2 * FRAMES) for i in range(FRAMES)]
+    frames = dict(read_frames(str(path), timeline, chosen))
+    times_s = [float(timeline.times_s[index]) for index in chosen]
+    page = Image.new("RGB", (FRAMES * (timeline.width + GAP) - GAP, timeline.height + LABEL), "white")
+    for i, (index, time_s) in enumerate(zip(chosen, times_s)):
+        left = i * (timeline.width + GAP)
+        page.paste(Image.fromarray(frames[index]), (left, 0))
+        ImageDraw.Draw(page).text((left, timeline.height + 2), f"{time_s:.2f} s", fill="black")
+    return page, times_s
+
+
 def examples(run: Path, data: Path) -> str:
-    """The first held-out questions by id, with the supervised model's answer and that of the first seed of each algorithm."""
+    """The first held-out questions by id, with the supervised model's answer and that of the first seed of each algorithm; their
+    frames go to examples/ in the run folder."""
     questions = read_questions(data)
     folders = {"supervised": run / "supervised"}
     folders |= {f"{a}, seed {min(found)}": found[min(found)] for a, found in find_runs(run).items()}
@@ -169,12 +194,17 @@ def examples(run: Path, data: Path) -> str:
         for title, folder in folders.items()
         if (folder / "predictions.jsonl").is_file()
     }
+    (run / "examples").mkdir(exist_ok=True)
     parts = [f"The first {EXAMPLES} held-out questions by id: a rule, not a choice.\n"]
     for name in sorted(name for name in questions if set_of(name) == "heldout")[:EXAMPLES]:
         row = questions[name]
-        parts.append(
-            f"## {name}: {(row.get('videos') or row.get('images'))[0]}\n\n{row['problem']} {' '.join(row.get('options', ()))}"
-        )
+        still = not row.get("videos")
+        file = row["images" if still else "videos"][0]
+        picture, times_s = strip(data / file, still=still)
+        picture.save(run / "examples" / f"{name}.png")
+        seen = "still" if still else f"frames at {', '.join(f'{time_s:.2f}' for time_s in times_s)} s"
+        parts.append(f"## {name}: {file}\n\n![{seen}](examples/{name}.png)\n")
+        parts.append(f"{row['problem']} {' '.join(row.get('options', ()))}")
         parts.append(f"- gold: {row['answer']}")
         for title, rows in answers.items():
             if name in rows:

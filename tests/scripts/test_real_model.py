@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from scripts.real_model import table
+from scripts.playground_clips import write_media
+from scripts.real_model import sees, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +21,32 @@ ROOT = Path(__file__).resolve().parents[2]
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+RED, GREEN, BLUE, WHITE = (225, 30, 30), (30, 190, 50), (40, 70, 240), (245, 245, 245)
+
+
+def write_quarters(path: Path, colours, height: int, width: int) -> None:
+    """A clip of 2 s at 8 frames per second, each half second in a colour of its own."""
+    frames = np.repeat(np.array(colours, np.uint8), 4, axis=0)[:, None, None]
+    write_media(path, np.broadcast_to(frames, (16, height, width, 3)), 8, still=False)
+
+
+def test_strip_shows_the_middles_of_a_clips_quarters_with_their_times(tmp_path):
+    """48 x 32 pixels, a gap of 4: the middles of the four frames are 24, 76, 128 and 180 pixels from the left."""
+    write_quarters(tmp_path / "clip.mp4", (RED, GREEN, BLUE, WHITE), 32, 48)
+    picture, times_s = table.strip(tmp_path / "clip.mp4", still=False)
+    assert times_s == [0.25, 0.75, 1.25, 1.75] and picture.size == (4 * 48 + 3 * 4, 32 + 14)
+    for x, colour in zip((24, 76, 128, 180), (RED, GREEN, BLUE, WHITE)):
+        assert np.abs(np.array(picture.getpixel((x, 16))) - colour).max() <= 6, x
+    assert picture.getpixel((49, 16)) == (255, 255, 255)
+    for left in (0, 52, 104, 156):  # a time stands below each
+        assert np.asarray(picture.convert("L"))[33:, left : left + 40].min() < 128
+    write_media(tmp_path / "still.png", np.full((1, 32, 48, 3), GREEN, np.uint8), 8, still=True)
+    picture, times_s = table.strip(tmp_path / "still.png", still=True)
+    assert picture.size == (48, 32) and picture.getpixel((5, 20)) == GREEN and times_s == []
+    with pytest.raises(SystemExit, match=r"gone\.mp4: no such file; give --data"):
+        table.strip(tmp_path / "gone.mp4", still=False)
 
 
 def test_table_by_hand(tmp_path):
@@ -38,6 +67,8 @@ def test_table_by_hand(tmp_path):
         name: [{**row, "problem_id": row["problem_id"].replace("heldout", name)} for row in rows]
         for name in ("unseen", "ability")
     }
+    for i, colour in enumerate((RED, BLUE)):
+        write_quarters(data / f"clips/{i}.mp4", (colour,) * 4, 32, 32)
     write_lines(data / "heldout.jsonl", rows)
     write_lines(data / "unseen.jsonl", other["unseen"])
     write_lines(data / "text_only.jsonl", other["ability"])
@@ -76,12 +107,32 @@ def test_table_by_hand(tmp_path):
     )
     shown = (run / "examples.md").read_text()
     assert shown.count("## heldout-") == 4 and "grpo, seed 0 (score 1)" in shown
+    for name, colour in zip(names, (RED, RED, BLUE, BLUE)):
+        assert f"![frames at 0.25, 0.75, 1.25, 1.75 s](examples/{name}.png)" in shown
+        with Image.open(run / "examples" / f"{name}.png") as picture:
+            assert np.abs(np.array(picture.getpixel((16, 16))) - colour).max() <= 6
+
+
+def test_losses_with_own_and_other_pixels_are_those_of_the_last_validation(tmp_path, capsys):
+    rows = [
+        {"validate/nll": 9.0},
+        {"validate/nll_by_source/real/caption": 0.5, "validate/nll_by_source/real/caption_swapped": 2.0},
+    ]
+    write_lines(tmp_path / "validation.jsonl", rows)
+    assert sees.main([str(tmp_path)]) == 0
+    assert (
+        "0.500 nats per token with the scene's own pixels, 2.000 with another scene's: +1.500"
+        in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "sees.json").read_text()) == {"own": 0.5, "other": 2.0, "difference": 1.5}
+    write_lines(tmp_path / "validation.jsonl", rows[:1])
+    with pytest.raises(SystemExit, match=r"heldout_captions_swapped\.jsonl writes them"):
+        sees.main([str(tmp_path)])
 
 
 @pytest.mark.slow
 def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
-    pytest.importorskip("gguf", reason="the package gguf is in requirements*.txt: bash scripts/setup.sh")
-    from tests.tiny_gguf import tiny_gguf
+    from tests.tiny_gguf import tiny_gguf  # needs gguf, the tests above do not
 
     file, _ = tiny_gguf(tmp_path / "tiny.gguf")
     run = tmp_path / "run"
@@ -109,10 +160,15 @@ def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path
     assert step["mismatch/abs_log_ratio"] < 1e-4  # vLLM and the trainer agree on the folder's architecture
     frozen = json.loads((run / "see" / "run.json").read_text())["starts"][0]["arguments"]["freeze_language_model"]
     assert frozen and (run / "table.md").read_text().count("| held-out") >= 3
+    for stage in ("see", "tune"):
+        losses = json.loads((run / stage / "sees" / "sees.json").read_text())
+        assert losses["own"] > 0 and losses["other"] > 0 and not (run / stage / "sees" / "checkpoints").exists()
     before = {
         path: path.stat().st_mtime_ns
         for path in (run / "see" / "done.json", run / "supervised", run / "grpo-seed0" / "final")
     }
     again = launch(*phases)
-    assert again.count(": already there (") == 8  # folder, clips, decode, see, tune, supervised, RL, its evaluation
+    assert (
+        again.count(": already there (") == 10
+    )  # folder, clips, decode, see, tune and the losses after each, supervised, RL, its evaluation
     assert {path: path.stat().st_mtime_ns for path in before} == before

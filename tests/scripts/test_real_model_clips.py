@@ -12,7 +12,7 @@ import pytest
 from data.dataset import load
 from rewards import check_gold, score
 from scripts.real_model import make_clips
-from scripts.real_model.questions import ASK, Asker
+from scripts.real_model.questions import ASK, Asker, caption_rows, swapped_rows
 from scripts.real_model.scenes import CLIP_KINDS, COLOURS, FPS, HELD_OUT, SHAPES, draw_scenes, write_scene
 from scripts.real_model.text_questions import ability_rows, text_rows
 
@@ -181,6 +181,30 @@ def test_files_are_the_same_for_a_seed_and_their_golds_and_demonstrations_score_
             extra = {**sample.extra, "options": list(sample.options)}
             found = score(sample.problem_type, sample.offline_output, sample.answer, extra)
             assert (found.accuracy, found.format) == (1.0, 1.0), (sample.question, sample.offline_output, found)
+
+
+def test_swapped_captions_have_another_scenes_media_of_the_same_kind(tmp_path):
+    folder = tmp_path / "data"
+    assert make_clips.main(["--output_dir", str(folder), "--clips", "8", "--text", "8", "--workers", "1"]) == 0
+    own, swapped = (
+        [json.loads(line) for line in (folder / f"heldout_captions{end}.jsonl").read_text().splitlines()]
+        for end in ("", "_swapped")
+    )
+    assert len(own) == len(swapped) == 10  # eight clips and two stills
+    for key, n in (("videos", 8), ("images", 2)):
+        pairs = [(a[key], b[key]) for a, b in zip(own, swapped) if key in a]
+        assert len(pairs) == n and all(len(b) == 1 and (folder / b[0]).is_file() for _, b in pairs)
+        assert all((folder / a[0]).read_bytes() != (folder / b[0]).read_bytes() for a, b in pairs)
+        assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs)  # nobody's is used twice
+    changed = ("videos", "images", "problem_id", "data_source")
+    for a, b in zip(own, swapped):
+        assert a.keys() == b.keys() and all(a[key] == b[key] for key in a if key not in changed)
+        assert (a["data_source"], b["data_source"]) == ("real/caption", "real/caption_swapped")
+        assert b["problem_id"] == a["problem_id"].replace("caption-", "caption_swapped-")
+    scenes = draw_scenes(0, "heldout", 40, 3)
+    assert swapped_rows(caption_rows(scenes), 0) == swapped_rows(caption_rows(scenes), 0)
+    with pytest.raises(ValueError, match="caption-heldout_i00000: no other row has images"):
+        swapped_rows(caption_rows(draw_scenes(0, "heldout", 8, 1)), 0)
 
 
 def test_letters_and_verdicts_are_dealt_evenly():

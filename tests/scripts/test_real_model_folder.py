@@ -6,9 +6,6 @@ import json
 
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="the package gguf is in requirements*.txt: bash scripts/setup.sh")
-
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

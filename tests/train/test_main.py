@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from tests.train import run_main
@@ -48,6 +49,11 @@ def test_two_steps_on_two_ranks(playground, tmp_path):
     assert any("visual" in name for name in moved) and any("language_model" in name for name in moved)
     assert [path.name for path in checkpoint.list_checkpoints(output)] == ["step-000002"]
     assert checkpoint.find(output, "auto").name == "step-000002"
+    saved = output / "checkpoints" / "step-000002"
+    manifest = json.loads((saved / "complete.json").read_text())
+    assert len(manifest["xxh3_64"]) == len(manifest["files"]) > 8
+    for name, written in manifest["xxh3_64"].items():
+        assert written == xxhash.xxh3_64_hexdigest((saved / name).read_bytes()), name
     assert "<script" not in (output / "report.html").read_text()
     assert "done after step 2" in said
 

@@ -118,6 +118,7 @@ def losses(model, made, encoder):
     return torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
 
 
+@pytest.mark.slow
 def test_losses_norms_and_weights_are_those_of_a_plain_loop(straight, rows):
     """Four updates: mean over the mini-batch's tokens, clipped at 1, AdamW with a rate for the tower and merger apart."""
     folder, output = straight
@@ -153,22 +154,49 @@ def is_tower(name: str) -> bool:
     return "visual" in name and "merger" not in name
 
 
-def test_validation_counts_every_held_out_row_once_on_two_ranks(straight, rows):
-    """24 rows in batches of 6; the mean over tokens of the untrained model, row by row."""
-    folder, output = straight
+@pytest.fixture(scope="module")
+def untrained(tiny, rows):
+    """(sample, losses of its answer tokens) of every row by the untrained model, one row at a time."""
+    folder = tiny("qwen2_5_vl", tied=True)
     encoder, _ = lessons(folder, rows)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    end = encoder.tokenizer.eos_token_id
-    made = [
-        (encoder.encode(s), [*encoder.tokenizer.encode(s.offline_output, add_special_tokens=False), end])
-        for s in load([str(rows)])
-    ]
-    with torch.no_grad():
-        every = torch.cat([losses(model, [one], encoder) for one in made])
+    found = []
+    for sample in load([str(rows)]):
+        tokens = encoder.tokenizer.encode(sample.offline_output, add_special_tokens=False)
+        with torch.no_grad():
+            one = losses(model, [(encoder.encode(sample), [*tokens, encoder.tokenizer.eos_token_id])], encoder)
+        found.append((sample, one))
+    return found
+
+
+def mean_loss(found, field: str = "", value: str = "") -> float:
+    """Over the tokens of all samples, or of those with `value` in `field`."""
+    return float(torch.cat([each for sample, each in found if not field or getattr(sample, field) == value]).mean())
+
+
+@pytest.mark.slow
+def test_validation_counts_every_held_out_row_once_on_two_ranks(straight, untrained):
+    """24 rows in batches of 6; the mean over tokens of the untrained model, row by row."""
+    _, output = straight
     first = json.loads((output / "validation.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 0 and first["validate/nll"] == pytest.approx(float(every.mean()), abs=2e-5)
+    assert first["step"] == 0 and first["validate/nll"] == pytest.approx(mean_loss(untrained), abs=2e-5)
 
 
+def test_validate_only_measures_all_rows_types_and_sources_and_trains_nothing(tiny, rows, untrained, tmp_path):
+    output = tmp_path / "run"
+    run(tiny("qwen2_5_vl", tied=True), rows, output, "--validate_data", str(rows), "--validate_only")
+    (row,) = [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+    assert row["validate/nll"] == pytest.approx(mean_loss(untrained), abs=2e-5)
+    for name, field in (("nll", "problem_type"), ("nll_by_source", "source")):
+        values = {getattr(sample, field) for sample, _ in untrained}
+        assert len(values) > 2 and len([key for key in row if key.startswith(f"validate/{name}/")]) == len(values)
+        for value in values:
+            mean = mean_loss(untrained, field, value)
+            assert row[f"validate/{name}/{value}"] == pytest.approx(mean, abs=2e-5)
+    assert not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "final", "done.json"))
+
+
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_straight_runs_weights(straight, rows, tmp_path):
     folder, output = straight
     again = tmp_path / "run"
