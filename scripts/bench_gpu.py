@@ -95,6 +95,15 @@ STAGES = (
         ("{python} scripts/bench_packed.py --size 2b --attention flex varlen --rounds 2 --out {out}/packed-2b.json",),
         100, 300, "packed-2b.json", memory_gib=40, packages=("xxhash",),
     ),
+    Stage(
+        "flex-2b", "the same group with all levers; options of FlexAttention",
+        (
+            "{python} scripts/bench_packed.py --size 2b --attention flex --no-rows --no-library --rounds 4 --kept_layers 28 "
+            """--fused --profile --flex_options '{{"IS_DIVISIBLE": true}}' """
+            """'{{"IS_DIVISIBLE": true, "ROWS_GUARANTEED_SAFE": true}}' --out {out}/flex-2b.json""",
+        ),
+        70, 200, "flex-2b.json", memory_gib=60, packages=("xxhash",),
+    ),
     step("step-2b", "2b", {"g": 3, "b": 3}, "whole steps, everything on (g) and the baseline (b)", 260, 100),
     step("levers-2b", "2b", {"a": 1, "c": 1, "e": 1, "f": 1, "d": 1}, "the levers one by one, decoding on the fly (a)", 260, 100),
     step("peer-2b", "2b", {"g": 2, "g-fly": 2}, "the peer's workload", 180, 100, more="--workload peer", result="peer-2b.json"),

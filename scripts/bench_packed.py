@@ -200,7 +200,19 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
         use(True)
         return library_loss(hf, group, device)
 
-    variants = {}
+    def with_options(options: dict):
+        packed = ours_run("flex", False)
+
+        def run() -> float:
+            group_attention.FLEX_OPTIONS = options
+            try:
+                return packed()
+            finally:
+                group_attention.FLEX_OPTIONS = None
+
+        return run
+
+    variants = {f"flex {text}": with_options(json.loads(text)) for text in args.flex_options}
     for name in args.attention:
         backend = choose_attention(name, device, dtype)
         variants[f"packed/{backend}"] = ours_run(backend, False)
@@ -378,6 +390,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4, help="with --zero3: groups per update, one micro-batch each")
     parser.add_argument("--deepspeed_config", default=None, help="with --zero3: JSON merged over the settings")
     parser.add_argument("--flex_static", action="store_true", help="compile FlexAttention per length, not for all")
+    parser.add_argument(
+        "--flex_options", nargs="+", default=[], metavar="JSON",
+        help="further packed variants with these kernel_options of FlexAttention: '{\"IS_DIVISIBLE\": true}'",
+    )  # fmt: skip
     parser.add_argument("--out", default=None, help="write the measurements here as JSON")
     args = parser.parse_args()
     tiny = args.size == "tiny"

@@ -37,6 +37,10 @@ PACKED = "reelrl_packed"  # the name under which transformers finds packed_atten
 BACKENDS = ("sdpa", "flex", "varlen", "flash2")
 FLEX_BLOCK = 128
 FLEX_DYNAMIC = True  # one compilation for all lengths; False: one per length, until torch gives up compiling
+# kernel_options of FlexAttention on CUDA. Candidates, exact here but not measured yet: with lengths that are symbols torch
+# 2.11 takes no length for a multiple of 128, although all are (IS_DIVISIBLE), nor can it know that no row is empty
+# (ROWS_GUARANTEED_SAFE); scripts/bench_packed.py --flex_options compares them.
+FLEX_OPTIONS: dict[str, bool | int] | None = None
 
 
 @dataclass(slots=True)
@@ -262,8 +266,11 @@ def flex_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float)
     """As sdpa_packed. Grouped heads stay grouped."""
     if "block_mask" not in layout.ready:
         layout.ready["block_mask"] = flex_block_mask(layout, q.device)
-    flex = _compiled_flex() if q.is_cuda else _eager_flex()
-    out = flex(q, k, v, block_mask=layout.ready["block_mask"], scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    flex, options = (_compiled_flex(), FLEX_OPTIONS) if q.is_cuda else (_eager_flex(), None)
+    out = flex(
+        q, k, v, block_mask=layout.ready["block_mask"], scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 

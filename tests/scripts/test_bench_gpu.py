@@ -38,7 +38,7 @@ def session(stages, out: Path, **settings) -> dict:
 
 def test_correctness_comes_first_and_small_results_files_are_few():
     names = [stage.name for stage in chosen_stages(None, [H200])]
-    assert names[:5] == ["tests-packed", "tests-parity", "tests-long", "packed-2b", "step-2b"]
+    assert names[:6] == ["tests-packed", "tests-parity", "tests-long", "packed-2b", "flex-2b", "step-2b"]
     assert names.index("step-2b") < names.index("levers-2b") < names.index("peer-2b") < names.index("step-4b")
     for several in (False, True):
         results = {stage.result for stage in STAGES if (max(stage.ranks) > 1) == several} - {""}
