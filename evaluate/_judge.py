@@ -37,7 +37,7 @@ def key_of(sample: Sample, answer: str, judge: str) -> str:
     return digest([sample.question, str(sample.answer), answer, judge])
 
 
-def attach_verdicts(folder: Path, samples: list[Sample], rows: dict[str, dict[str, Any]]) -> None:
+def attach_verdicts(benchmark: Benchmark, folder: Path, samples: list[Sample], rows: dict[str, dict[str, Any]]) -> None:
     """Puts stored verdicts into the rows they were given for: same question, gold and response. The last judge's count."""
     given: dict[str, list[dict[str, Any]]] = {}
     for verdict in load_verdicts(folder).values():
@@ -49,7 +49,7 @@ def attach_verdicts(folder: Path, samples: list[Sample], rows: dict[str, dict[st
             same = verdict["key"] == key_of(sample, verdict["answer"], verdict["judge"])
             if same and verdict["answer_digest"] == digest(row.get("response", "")):
                 apply(row, verdict["verdict"])
-        if row["status"] not in FAILURES and given and extracted(sample, row) is None:
+        if row["status"] not in FAILURES and given and extracted(benchmark, sample, row) is None:
             nothing_said(row)
 
 
@@ -69,8 +69,9 @@ def forget(row: dict[str, Any]) -> None:
     row.pop("judged_status", None)
 
 
-def extracted(sample: Sample, row: dict[str, Any]) -> str | None:
-    return plain_score(sample, row["response"], score_extra(sample, row))["extracted"]
+def extracted(benchmark: Benchmark, sample: Sample, row: dict[str, Any]) -> str | None:
+    """What the judge is shown of a response; None when there is nothing to grade."""
+    return (benchmark.score or plain_score)(sample, row["response"], score_extra(sample, row))["extracted"]
 
 
 def judge_rows(
@@ -89,7 +90,7 @@ def judge_rows(
         forget(row)
         if row["status"] in FAILURES:
             continue
-        answer = extracted(sample, row)
+        answer = extracted(benchmark, sample, row)
         if answer is None:
             nothing_said(row)
             continue

@@ -414,7 +414,7 @@ def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], exclude
     elif judged:
         from evaluate._judge import attach_verdicts
 
-        attach_verdicts(folder, judged, rows)
+        attach_verdicts(benchmark, folder, judged, rows)
     answers = []
     for sample in present:
         row = score_row(benchmark, sample, rows[sample.id], args.protocol)

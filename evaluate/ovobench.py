@@ -56,7 +56,13 @@ def official_row(row: dict) -> dict | list[dict]:
         return choice_row(row["question"], row["options"], int(row["gt"]), f"{number}.mp4", **fields)
     made = []
     for place, test in enumerate(row["test_info"]):
-        text = row["question"] if task == "CRR" else test["step"] if task == "SSR" else row["activity"]
+        text = (
+            row["question"]
+            if task == "CRR"
+            else test["step"]
+            if task == "SSR"
+            else f"How many times did they {row['activity']}?"
+        )
         gold = str(test["count"]) if task == "REC" else "Yes" if test["type"] == 1 else "No"
         query = {"query_s": float(test["realtime"]), "source_video": row["video"], "ovo_test_idx": place}
         query |= {"problem": text, "solution": gold, "problem_type": task, "problem_id": f"ovo_{number}_{place}"}

@@ -4,9 +4,9 @@
 
 Layouts: videoreasonbench.json (toolkit), or the release's questions/<demonstration>.json (id -> video, question, answer,
 dim, num_state, num_operation, visible_time). Videos: <demonstration>/state<n>_op<n>_<start|end>.mp4. The question text
-itself asks for a summary after "Final Answer:", so it is sent as it is. Official: a judge sees question, answer and
-reference; by skill (release layout), operations and state size. 244 records carry no reference (officially a simulator
-decides 240 of them) and are excluded by name.
+itself asks for a summary after "Final Answer:", so it is sent as it is. Official: a judge sees question, reference and
+what stands after "Final Answer" (nothing there is wrong); by skill (release layout), operations and state size. 244
+records carry no reference (officially a simulator decides 240 of them) and are excluded by name.
 """
 
 import sys
@@ -21,11 +21,12 @@ from argparse import Namespace
 from data.records import Sample
 from evaluate._annotations import AnnotationError, load_benchmark, read_rows, release_rows, video_sample
 from evaluate._run import main
-from evaluate._scoring import Benchmark
+from evaluate._scoring import Benchmark, plain_score
 
 HINT = "The toolkit's file is videoreasonbench.json; the release has questions/card.json and five others."
 DEMONSTRATIONS = ("card", "chip", "cup", "file_sys", "grid", "hrd")
 STATE_SIZE = {"1": "1", "2": "2", "3": "1", "4": "2"}  # boards of 3 x 3 and 4 x 4 count as one and two piles do
+SUMMARY = re.compile(r"Final Answer[\s:：*]*")
 SKILL = {"order_state": "infer_state", "counting_state": "infer_state"}
 
 
@@ -69,12 +70,24 @@ def load(args: Namespace) -> list[Sample]:
     return samples
 
 
+def score(sample: Sample, response: str, extra: dict) -> dict:
+    """rewards' reading, cut to what follows "Final Answer"; None without it (answer tags stand for it)."""
+    scored = plain_score(sample, response, extra)
+    said = scored["extracted"]
+    if said is not None and (found := SUMMARY.search(said)):
+        said = said[found.end() :].strip() or None
+    elif not SUMMARY.search(response) and "<answer>" not in response:
+        said = None
+    return {**scored, "extracted": said}
+
+
 BENCHMARK = Benchmark(
     name="videoreasonbench",
     title="VideoReasonBench",
     load=load,
     media_roots=("VideoReasonBench/videos", "videos"),
     prompts={"official": lambda sample: sample.question},
+    score=score,
     judged=lambda sample: True,
     judge_prompt="videoreasonbench",
     breakdown=("dimension", "demonstration", "operations", "state_size", "state_given_at"),

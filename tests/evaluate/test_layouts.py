@@ -88,6 +88,22 @@ def test_videoreasonbench_release_folder(tmp_path):
         videoreasonbench.load(asked(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("response", "shown"),
+    [
+        ("It is 5.\nFinal Answer:\n1st: Queen\n2nd: Ace", "1st: Queen\n2nd: Ace"),
+        ("**Final Answer:** 4 cards", "4 cards"),
+        ("<think>Final Answer: 9</think>Final Answer: 3 of Hearts", "3 of Hearts"),
+        ("no summary at all, 5 cards", None),
+        ("Final Answer:", None),
+        ("<answer>4 cards</answer>", "4 cards"),
+    ],
+)
+def test_videoreasonbench_shows_the_judge_the_summary_alone(response, shown):
+    sample = Sample("x", "What cards?", "Ace", "open-ended", "video")
+    assert videoreasonbench.score(sample, response, {})["extracted"] == shown
+
+
 def test_timelens_release_files(tmp_path):
     video = {"duration": 20.0, "spans": [[1.5, 4], [10, 12]], "queries": ["A  dog jumps.", "it rests"]}
     (tmp_path / "charades-timelens.json").write_text(json.dumps({"AB1": video}))
