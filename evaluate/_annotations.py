@@ -19,6 +19,7 @@ from typing import Any
 from data.records import DATA_TYPES, Media, Sample, canonical_problem_type
 
 SUFFIXES = ("", ".xz")
+VIDEO_ENDINGS = (".mp4", ".MP4", ".mkv", ".webm", ".mov", ".avi")  # of one video, as people happen to have it
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL | re.IGNORECASE)
 # Fields that become attributes of Sample (or are noise); all others go to `extra`.
@@ -64,7 +65,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise AnnotationError(f"{path} cannot be read: {error}") from error
         return [{**row, "_line": line} for line, row in enumerate(rows, 1)]
     try:
         raw = path.read_bytes()
@@ -88,6 +92,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             raise AnnotationError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
         if isinstance(loaded, dict):
             loaded = [loaded]
+        if not isinstance(loaded, list):
+            raise AnnotationError(f"{path}:1: must hold a list of rows, got {type(loaded).__name__}")
         rows = list(enumerate(loaded, 1))
     for line, row in rows:
         if not isinstance(row, dict):
@@ -153,10 +159,13 @@ def toolkit_sample(row: dict[str, Any], file: str | Path, *, source: str = "", s
 def unique_ids(samples: list[Sample]) -> list[Sample]:
     """Makes ids unique in place, in file order: the second "e10_q1" becomes "e10_q1#2". Returns the same list."""
     seen: dict[str, int] = {}
+    given = {sample.id for sample in samples}
     for sample in samples:
-        seen[sample.id] = seen.get(sample.id, 0) + 1
-        if seen[sample.id] > 1:
-            sample.id = f"{sample.id}#{seen[sample.id]}"
+        name, seen[sample.id] = sample.id, seen.get(sample.id, 0) + 1
+        if seen[name] > 1:
+            while f"{name}#{seen[name]}" in given:  # a row of the file may have that very id
+                seen[name] += 1
+            sample.id = f"{name}#{seen[name]}"
     return samples
 
 
@@ -165,7 +174,10 @@ def letter(index: int) -> str:
 
 
 def lettered(options: list[str]) -> list[str]:
-    """["cat", "dog"] -> ["A. cat", "B. dog"]."""
+    """["cat", "dog"] and ["A. cat", "B. dog"] -> ["A. cat", "B. dog"]."""
+    options = [str(option) for option in options]
+    if options and all(option.startswith(f"{letter(index)}. ") for index, option in enumerate(options)):
+        return options
     return [f"{letter(index)}. {option}" for index, option in enumerate(options)]
 
 
@@ -177,14 +189,16 @@ def resolve_media(
     After the roots comes the path as it stands: data.dataset.load has joined it to its data file's folder already.
 
     clips: other files that show the same thing as a sample's first medium, best first (a clip cut beforehand, with or
-    without a window of its own; another file ending). A path that exists nowhere becomes roots[0]/path, so that errors
-    name a sensible place; so it does in the result.
+    without a window of its own). A video of the same name with another ending (.mkv, .webm …) is taken too. A path that
+    exists nowhere becomes roots[0]/path, so that errors name a sensible place; so it does in the result.
     """
     found: dict[str, str | None] = {}
 
     def look_up(relative: str) -> str | None:
         if relative not in found:
             places = [root / relative for root in roots if not Path(relative).is_absolute()] + [Path(relative)]
+            if Path(relative).suffix in VIDEO_ENDINGS:
+                places += [place.with_suffix(ending) for place in places for ending in VIDEO_ENDINGS]
             found[relative] = next((str(place) for place in places if place.is_file()), None)
         return found[relative]
 
@@ -218,8 +232,8 @@ def load_benchmark(
 ) -> list[Sample]:
     """Samples of a benchmark's annotation file, in the toolkit shape or, through `official`, in its release's own.
 
-    official: one row of the release -> one row (or several) of the toolkit shape; a KeyError in it means a row of
-    neither shape. Raises AnnotationError naming file, line, field and remedy.
+    official: one row of the release -> one row (or several) of the toolkit shape (see `release_rows`).
+    Raises AnnotationError naming file, line, field and remedy.
     """
     path = find_annotations(args.data_dir, names, args.annotations, hint)
     samples = []
@@ -228,25 +242,57 @@ def load_benchmark(
         if not ("problem" in row and "solution" in row):
             if official is None:
                 raise AnnotationError(f"{path}:{row['_line']}: needs the fields problem and solution. {hint}")
-            try:
-                made = official(row)
-            except (KeyError, TypeError, IndexError, AttributeError) as error:
-                raise AnnotationError(
-                    f"{path}:{row['_line']}: neither the toolkit layout (problem, solution, path) nor the release's: "
-                    f"{type(error).__name__} {error}; it has {sorted(name for name in row if name[0] != '_')}. {hint}"
-                ) from error
-            rows = made if isinstance(made, list) else [made]
+            rows = release_rows(official, row, path, hint)
         for item in rows:
             item = {"_line": row["_line"], "data_type": "video", "problem_type": "multiple choice", **item}
-            samples.append(toolkit_sample(item, path, source=source, sample_id=sample_id(item) if sample_id else ""))
+            samples.append(video_sample(item, path, source=source, sample_id=sample_id(item) if sample_id else ""))
     return samples
 
 
-def choice_row(question: str, options: list[str], gold: int | str, path: str, **fields: Any) -> dict[str, Any]:
-    """A multiple-choice row of the toolkit shape. options without letters; gold is an index, a letter or an option."""
+def release_rows(
+    official: Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]]],
+    row: dict[str, Any],
+    file: str | Path,
+    hint: str,
+) -> list[dict[str, Any]]:
+    """A row of a release as rows of the toolkit shape. Raises AnnotationError when `official` cannot read it."""
+    try:
+        made = official(row)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, SyntaxError) as error:
+        held = row if isinstance(row, dict) else {}
+        where = f"{file}:{held['_line']}" if "_line" in held else file
+        names = sorted(name for name in held if not name.startswith("_")) or type(row).__name__
+        raise AnnotationError(
+            f"{where}: neither the toolkit layout (problem, solution, path) nor the release's: "
+            f"{type(error).__name__} {error}; it has {names}. {hint}"
+        ) from error
+    return made if isinstance(made, list) else [made]
+
+
+def video_sample(row: dict[str, Any], file: str | Path, *, source: str, sample_id: str = "") -> Sample:
+    """`toolkit_sample` of a question about a video. Raises AnnotationError for a row that names none."""
+    if not row.get("path"):
+        raise AnnotationError(f"{file}:{row.get('_line', 0)}: field 'path' is missing or empty: no video to ask about")
+    return toolkit_sample(row, file, source=source, sample_id=str(sample_id or ""))
+
+
+def field_of(sample: Sample, name: str) -> Any:
+    """A field of `extra` that a program cannot do without. Raises AnnotationError naming file, line and field."""
+    if sample.extra.get(name) is None:
+        raise AnnotationError(f"{sample.file}:{sample.line}: field {name!r} is missing")
+    return sample.extra[name]
+
+
+def choice_row(
+    question: str, options: list[str], gold: int | str, path: str, *, by_letter: bool = False, **fields: Any
+) -> dict[str, Any]:
+    """A multiple-choice row of the toolkit shape. gold is an index, an option's text or a letter.
+
+    by_letter: gold is a letter, also where an option's text is one (options "C", "A", gold "A": the first).
+    """
     if isinstance(gold, int):
         right = letter(gold)
-    elif gold in options:
+    elif gold in options and not by_letter:
         right = letter(options.index(gold))
     else:
         right = str(gold).strip()

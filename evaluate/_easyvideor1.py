@@ -156,8 +156,7 @@ def score_like_easyvideor1(sample: Sample, response: str) -> tuple[str | None, f
 
 
 def aggregates(answers: list[Answer], draws: Resampler) -> Metrics:
-    """mean_acc over everything but regression, mean_mra over regression, finished samples only; OVO-Bench's macro
-    mean."""
+    """mean_acc over everything but regression, mean_mra over regression, finished samples only; OVO-Bench's macro means."""
     values = [answer.score or 0.0 for answer in answers]
     done = [not answer.failed for answer in answers]
     is_mra = [answer.sample.problem_type == "regression" for answer in answers]
@@ -167,4 +166,6 @@ def aggregates(answers: list[Answer], draws: Resampler) -> Metrics:
     if any("ovo_task" in answer.sample.extra for answer in answers):
         paths = [(a.sample.extra.get("ovo_category", ""), a.sample.extra.get("ovo_task", "")) for a in answers]
         found["ovo_total"] = draws.macro(values, paths, done)
+        for category in ("backward", "realtime", "forward"):
+            found[f"ovo_{category}"] = draws.macro(values, paths, [d and p[0] == category for d, p in zip(done, paths)])
     return {name: estimate for name, estimate in found.items() if estimate.n}

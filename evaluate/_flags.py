@@ -124,6 +124,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--model is needed (a Hugging Face folder); only --dry_run and --score_only --run_dir do without")
     if args.retry_failed and (args.data_parallel > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--retry_failed runs in one process: leave out --data_parallel (and torchrun); failures are few")
+    if args.judge_url and not args.judge_model:
+        parser.error("--judge_url needs --judge_model, the name of the model at that endpoint")
+    if args.judge_labels and not args.judge_model:
+        parser.error("--judge_labels needs a judge: --judge_model, and --judge_url for an endpoint")
+    if args.judge_labels and not os.path.isfile(args.judge_labels):
+        parser.error(f"--judge_labels {args.judge_labels}: no such file")
     if args.cache == "require" and not args.cache_dir:
         parser.error("--cache require needs --cache_dir")
     if args.preprocess_only and not args.cache_dir:

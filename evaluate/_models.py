@@ -54,6 +54,10 @@ def build_encoder(args: argparse.Namespace, style: str, template: str | None) ->
         build_patches=False,
     )
     if args.thinking != "default":
+        if "enable_thinking" not in str(encoder.chat_template):
+            raise ValueError(
+                f"--thinking {args.thinking}: the chat template of {args.model} has no such switch; leave the flag out"
+            )
         # Hybrid models read this variable in their chat template; setting it first is the template's own switch.
         switch = "{%- set enable_thinking = " + ("true" if args.thinking == "on" else "false") + " -%}"
         encoder.chat_template = switch + encoder.chat_template

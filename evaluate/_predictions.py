@@ -16,6 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,28 @@ def encode_row(row: dict[str, Any]) -> bytes:
     return (json.dumps({"schema_version": SCHEMA_VERSION, **row}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
+class FolderLock:
+    """Keeps a second run out of a run folder while rows are written, dropped or put together there.
+
+    A POSIX lock on `.lock`: it ends with the process however that went, and an engine process forked meanwhile does not
+    inherit it. Raises BlockingIOError when another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = (folder / ".lock").open("ab")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self._file.close()
+            raise BlockingIOError(f"{folder} is in use by another run; wait for it or stop it") from error
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 class Writer:
     """Appends rows to a predictions file from a thread of its own; one fsync per batch of rows that came meanwhile.
 
@@ -225,7 +248,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, finish_row: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
-        self._finish_row = finish_row or (lambda row: row)
+        self._finish_row, self._path = finish_row or (lambda row: row), path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         try:
@@ -235,7 +258,7 @@ class Writer:
             raise BlockingIOError(f"{path} is being written by another run; wait for it or stop it") from error
         self._cut_partial_line()
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="predictions", daemon=True)
         self._thread.start()
 
@@ -248,7 +271,7 @@ class Writer:
         self._file.seek(0, os.SEEK_END)
 
     def put(self, row: dict[str, Any]) -> None:
-        """Queues a row. Raises the OSError of an earlier failed write (a full disk)."""
+        """Queues a row. Raises the error of an earlier failed write (a full disk)."""
         if self._error:
             raise self._error
         self._rows.put(row)
@@ -266,7 +289,9 @@ class Writer:
                 self._file.write(b"".join(encode_row(self._finish_row(row)) for row in batch if row is not None))
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+            except BaseException as error:  # handed to put() and to the end of the block, which raise it
+                if isinstance(error, OSError) and error.filename is None:
+                    error.filename = str(self._path)
                 self._error = error
 
     def __enter__(self) -> Writer:
@@ -275,6 +300,9 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._rows.put(None)
         self._thread.join()
-        self._file.close()
-        if self._error:
-            raise self._error
+        if self._error is None:
+            self._file.close()
+            return
+        with suppress(OSError):  # a full disk refuses the rest of the buffer a second time
+            self._file.close()
+        raise self._error

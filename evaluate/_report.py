@@ -66,7 +66,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    # Labels come from annotation files: "[/x]" in one is no markup.
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
     grid = Table(title=f"{results['title']} · {results['protocol']} · {results['model']}", title_justify="left")
     for name in ("metric", "%", "95 % interval", "n"):
         grid.add_column(name, justify="left" if name == "metric" else "right")
@@ -80,10 +81,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
             console.print(f"{name}: {len(lines)} rows, in {folder / 'results.json'}")
             continue
         console.print(breakdown_table(name, lines, Table))
-    console.print("; ".join(f"{name}: {text}" for name, text in counts(results)), markup=False)
-    console.print(
-        f"results: {folder / 'results.json'}   report: {folder / 'report.html'}", markup=False, soft_wrap=True
-    )
+    console.print("; ".join(f"{name}: {text}" for name, text in counts(results)))
+    console.print(f"results: {folder / 'results.json'}   report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def columns_of(lines: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -152,11 +151,13 @@ def thumbnails(sample: Any, count: int = 6) -> list[str]:
 
 
 def answer_html(answer: Answer, with_frames: bool) -> str:
-    """One question: frames, text, options with the gold marked, the model's words, what was read in them, the score."""
+    """One question: frames, text, options, gold, the model's words, what was read in them, the score; long texts cut."""
     sample, row = answer.sample, answer.row
     kind = "failed" if answer.failed else "right" if (answer.score or 0) >= 0.5 else "wrong"
-    pictures = "".join(f"<img src='{uri}' alt=''>" for uri in (thumbnails(sample) if with_frames else []))
-    options = "<br>".join(html.escape(option) for option in sample.options)
+    unreadable = row["status"] in ("media_error", "load_timeout")  # decoding again would fail, or hang, again
+    shown = thumbnails(sample) if with_frames and not unreadable else []
+    pictures = "".join(f"<img src='{uri}' alt=''>" for uri in shown)
+    options = "<br>".join(html.escape(option[:1000]) for option in sample.options)
     media = ", ".join(
         f"{medium.path}"
         + (f" [{medium.start_s}, {medium.end_s}) s" if medium.start_s is not None or medium.end_s else "")
@@ -169,7 +170,7 @@ def answer_html(answer: Answer, with_frames: bool) -> str:
     )
     return (
         f"<article class={kind}><div class=muted>{html.escape(sample.id)} · {html.escape(sample.problem_type)} · "
-        f"{html.escape(media)}</div><div>{pictures}</div><p>{html.escape(sample.question)}</p><p>{options}</p>"
+        f"{html.escape(media)}</div><div>{pictures}</div><p>{html.escape(sample.question[:6000])}</p><p>{options}</p>"
         f"<p>gold <code>{html.escape(str(sample.answer)[:400])}</code> · read "
         f"<code>{html.escape(str(row.get('extracted'))[:400])}</code> · {facts}, "
         f"{html.escape(str(row.get('finish_reason')))}</p><details open><summary>answer</summary>"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -44,13 +45,17 @@ def load_samples(benchmark: Benchmark, args: argparse.Namespace) -> tuple[list[S
             return None if str(sample.answer).strip() else "empty"
         return check_gold(sample)
 
-    mark_known_bad(benchmark.name, samples, unreadable)
+    if args.protocol == "official":  # the older toolkit asks and counts broken records like any other
+        mark_known_bad(benchmark.name, samples, unreadable)
     data_dir = Path(args.data_dir)
     roots = [Path(args.media_dir)] if args.media_dir else []
     roots += [data_dir / root for root in benchmark.media_roots] + [data_dir]
     absent = resolve_media(samples, roots, benchmark.clips)
     excluded = [sample for sample in samples if "excluded" in sample.extra]
     kept = [sample for sample in samples if "excluded" not in sample.extra]
+    if not kept:
+        reasons = sorted({sample.extra["excluded"] for sample in excluded})
+        raise AnnotationError(f"{benchmark.name}: all {len(samples)} records are excluded: {'; '.join(reasons)}")
     return kept[: args.limit], excluded, absent
 
 
@@ -129,7 +134,7 @@ def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[s
     else:
         folder = Path(args.run_dir)
         if (folder / "run.json").is_file():
-            held = json.loads((folder / "run.json").read_text())["settings"]
+            held = stored_run(folder)["settings"]
             now = json.loads(json.dumps(settings, default=str))
             changed = sorted(name for name in now if now.get(name) != held.get(name))
             if changed:
@@ -146,12 +151,13 @@ def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[s
     return folder
 
 
-def stored_run(run_dir: str) -> dict[str, Any]:
+def stored_run(run_dir: str | Path) -> dict[str, Any]:
     """run.json of a run folder. Raises AnnotationError if there is none."""
     try:
-        return json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise AnnotationError(f"--run_dir {run_dir} is not a run folder ({error})") from error
+        held = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
+        return {"model": held["model"], "settings": dict(held["settings"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AnnotationError(f"{run_dir} is not a run folder: run.json: {error!r}") from error
 
 
 def limit_of_run(args: argparse.Namespace) -> int | None:
@@ -215,6 +221,10 @@ def main(
     parser = build_parser(benchmark)
     args = parser.parse_args(arguments)
     check_args(parser, args)
+    if args.prompt_template and args.prompt in benchmark.prompts:
+        parser.error(
+            f"--prompt_template replaces the project's own prompts: give --prompt direct or think, not {args.prompt}"
+        )
     if args.data_parallel > 1 and "RANK" not in os.environ:
         return launch(args, sys.argv[1:] if arguments is None else arguments)
     rank, world = rank_and_world()
@@ -236,24 +246,37 @@ def main(
             folder = folder_to_score(benchmark, args)
         else:
             folder = open_folder(benchmark, args, settings_of(benchmark, args, kept, prompts))
-        store.read_predictions(folder)  # damage is told now, not after the answers
-    except (AnnotationError, store.DamagedRow) as error:
+        if absent and rank == 0:
+            print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
+        with store.FolderLock(folder) if rank == 0 else nullcontext():
+            store.read_predictions(folder)  # damage is told now, not after the answers
+            return carry_out(
+                benchmark, args, folder, (kept, excluded, prompts), (rank, world), make_engine, make_encoder
+            )
+    except (AnnotationError, store.DamagedRow, BlockingIOError) as error:
         print(f"{benchmark.name}: {error}", file=sys.stderr)
         return 2
-    if absent and rank == 0:
-        print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
+    except OSError as error:  # a folder that cannot be written, a full disk
+        place = "" if error.filename else f" (in {args.run_dir or args.output_dir})"
+        kept_rows = "answers written so far are kept, and the same command goes on from them"
+        print(f"{benchmark.name}: {error}{place}; {kept_rows}", file=sys.stderr)
+        return 2
+
+
+def carry_out(
+    benchmark: Benchmark, args, folder: Path, work: tuple, place: tuple[int, int], make_engine, make_encoder
+) -> int:
+    """Answers what is missing in the run folder, then scores and reports (rank 0); the exit status."""
+    kept, excluded, prompts = work
+    rank, world = place
     stats: dict[str, Any] = {}
     if not args.score_only:
         if args.retry_failed:
             done = store.read_predictions(folder)
             store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
-        try:
-            stats = answer_missing(benchmark, args, folder, kept, prompts, (rank, world), make_engine, make_encoder)
-        except (BlockingIOError, AnnotationError) as error:
-            print(f"{benchmark.name}: {error}", file=sys.stderr)
-            return 2
+        stats = answer_missing(benchmark, args, folder, kept, prompts, place, make_engine, make_encoder)
         if args.preprocess_only:
-            return 0
+            return 3 if args.strict and stats["failed"] else 0
     if rank == 0 and not args.score_only:
         if world > 1:
             wait_for_ranks(folder, {sample.id for sample in kept})
@@ -383,14 +406,15 @@ def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], exclude
 
     rows = store.read_predictions(folder)
     present = [sample for sample in kept if sample.id in rows]
-    if any(benchmark.judged(sample) for sample in present) and (args.judge_url or args.judge_model):
+    judged = [sample for sample in present if benchmark.judged(sample) and args.protocol == "official"]
+    if judged and (args.judge_url or args.judge_model):
         from evaluate._judge import judge_rows
 
-        stats = {**stats, "judge": judge_rows(benchmark, args, folder, present, rows)}
-    else:
+        stats = {**stats, "judge": judge_rows(benchmark, args, folder, judged, rows)}
+    elif judged:
         from evaluate._judge import attach_verdicts
 
-        attach_verdicts(folder, rows)
+        attach_verdicts(benchmark, folder, judged, rows)
     answers = []
     for sample in present:
         row = score_row(benchmark, sample, rows[sample.id], args.protocol)
@@ -404,9 +428,9 @@ def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], exclude
         seed=args.seed,
         variant=benchmark.variant(args),
     )
-    run = json.loads((folder / "run.json").read_text())
-    if not stats and (folder / "results.json").is_file():
-        stats = json.loads((folder / "results.json").read_text()).get("engine", {})
+    run = stored_run(folder)
+    if (folder / "results.json").is_file():  # of the answers, when only the judging or scoring ran now
+        stats = {**json.loads((folder / "results.json").read_text(encoding="utf-8")).get("engine", {}), **stats}
     results |= {"title": benchmark.title, "model": run["model"], "settings": run["settings"], "engine": stats}
     store.rewrite_rows(folder, {answer.sample.id: answer.row for answer in answers}, rows)
     failed = [(answer.sample, answer.row) for answer in answers if answer.failed]

@@ -75,6 +75,7 @@ class Benchmark:
     variant: Callable[[Namespace], str] = lambda args: ""
     clips: Callable[[Sample], list] | None = None  # other files that show the same thing (see resolve_media)
     watch: Callable[[Sample], dict[str, Any]] | None = None  # facts about the media that scoring needs, kept in the row
+    guessing: Callable[[list[Answer]], float] | None = None  # chance level of a primary score that is not linear
 
 
 def video_of(sample: Sample) -> str:
@@ -90,6 +91,16 @@ def chance(sample: Sample) -> float:
     if sample.problem_type == "multiple choice" and sample.options:
         return 1 / len(sample.options)
     return 0.5 if sample.problem_type == "boolean" else 0.0
+
+
+def chance_of_primary(benchmark: Benchmark, answers: list[Answer], metrics: Callable, primary: str) -> float | None:
+    """Expected primary score of guesses: the metric of each question's chance level, which is exact for (macro) means;
+    Benchmark.guessing for others. None when the metric does not exist for these answers."""
+    if benchmark.guessing is not None and metrics is benchmark.metrics:
+        return round(benchmark.guessing(answers), 4) if answers else None
+    guesses = [Answer(a.sample, a.row, None if a.score is None else chance(a.sample)) for a in answers]
+    estimate = metrics(guesses, Resampler([answer.video for answer in answers], resamples=1)).get(primary)
+    return round(estimate.value, 4) if estimate is not None and estimate.n else None
 
 
 def score_extra(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
@@ -211,30 +222,33 @@ def summarize(
 ) -> dict[str, Any]:
     """results.json without the run's settings: metrics, tables, and every count a reader needs to trust them."""
     draws = Resampler([answer.video for answer in answers], seed=seed)
+    measure, primary = benchmark.metrics or accuracy, benchmark.primary
+    listed = answers
     if protocol == "easyvideor1":
         from evaluate._easyvideor1 import aggregates
 
-        metrics, primary = aggregates(answers, draws), "mean_acc"
-    else:
-        metrics = (benchmark.metrics or accuracy)(answers, draws)
-        primary = benchmark.primary
+        measure, primary = aggregates, "mean_acc"
+        # Its tables, too, are over finished samples alone.
+        listed = [Answer(a.sample, a.row, None if a.failed else a.score, a.parts) for a in answers]
+    metrics = measure(answers, draws)
+    primary = primary if primary in metrics else next(iter(metrics), "")
     failures = Counter(answer.row["status"] for answer in answers if answer.failed)
     official_n = benchmark.official_n
     if isinstance(official_n, dict):
         official_n = official_n.get(variant)
     fields = dict.fromkeys(("problem_type", *benchmark.breakdown))
-    tables = {name: table(answers, draws, label_of(name)) for name in fields}
+    tables = {name: table(listed, draws, label_of(name)) for name in fields}
     tables = {name: lines for name, lines in tables.items() if len(lines) > 1}
     if benchmark.tables is not None:
-        tables |= benchmark.tables(answers, draws)
+        tables |= benchmark.tables(listed, draws)
     n = len(answers)
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark.name,
         "protocol": protocol,
-        "primary": primary if primary in metrics else next(iter(metrics), ""),
+        "primary": primary,
         "metrics": {name: estimate.as_dict() for name, estimate in metrics.items()},
-        "chance": round(sum(chance(answer.sample) for answer in answers) / n, 4) if n else None,
+        "chance": chance_of_primary(benchmark, answers, measure, primary),
         "n": n,
         "n_official": official_n,
         "n_missing": missing,

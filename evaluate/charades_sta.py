@@ -31,7 +31,9 @@ def load(args: Namespace) -> list[Sample]:
     if file.suffix != ".txt":
         return load_benchmark(args, names, hint=HINT, source="Charades-STA")
     samples = []
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not text.strip():
+            continue
         found = re.fullmatch(r"(\w+)\s+([\d.]+)\s+([\d.]+)\s*##(.*)", text.strip())
         if not found:
             raise AnnotationError(f"{file}:{line}: not of the form `VIDEO START END##SENTENCE`: {text[:80]!r}")

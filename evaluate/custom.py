@@ -56,7 +56,7 @@ def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
 
 def flags(parser: ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", required=True, help="dataset files")
-    parser.add_argument("--name", default="custom", help="name of the run folder's parent")
+    parser.add_argument("--name", default="custom", help="name of the set in tables and comparisons")
     parser.add_argument("--judge_open", action="store_true", help="open-ended answers wait for a judge (else ROUGE-L)")
 
 

@@ -2,10 +2,10 @@
 
     python evaluate/livesports.py --model DIR --data_dir DIR
 
-Layouts: livesports3k_qa.json (toolkit: path <video>_<start>_<end>.mp4), or rows with video_id, video_start,
-video_end, question, option_A to option_D, answer, q_type, ocr. A pre-cut clip is used if it is there; else the source
-video <video>.mp4 is cut to [start, end) by timestamps while decoding. Official: accuracy, per question type, and on
-OCR questions; the release takes the likeliest letter, here the model answers in words.
+Layouts: livesports3k_qa.json (toolkit: path <video>_<start>_<end>.mp4), or the release's rows (video_id, video_start,
+video_end, question_id, question, options or option_A to option_D, answer, q_type, OCR). A pre-cut clip is used if it is
+there; else the source video <video>.mp4 is cut to [start, end) by timestamps while decoding. Official: accuracy, per
+question type, and on OCR questions; the release takes the likeliest letter, here the model answers in words.
 """
 
 import sys
@@ -17,8 +17,9 @@ if __name__ == "__main__":
 import re
 from argparse import Namespace
 
+from data.prompts import split_options
 from data.records import Media, Sample
-from evaluate._annotations import choice_row, load_benchmark
+from evaluate._annotations import choice_row, field_of, load_benchmark
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
@@ -28,15 +29,20 @@ HINT = "The release is the dataset repository stdKonjac/LiveSports-3K."
 
 
 def official_row(row: dict) -> dict:
-    options = [row[f"option_{name}"] for name in "ABCD"]
+    options = row["options"] if "options" in row else [row[f"option_{name}"] for name in "ABCD"]
+    options = [text for _, text in split_options(options)]
     path = f"{row['video_id']}_{row['video_start']}_{row['video_end']}.mp4"
-    fields = {"q_type_livesports": row["q_type"], "ocr_livesports": int(row["ocr"]), "problem_id": row.get("id")}
-    return choice_row(row["question"], options, row["answer"], path, **fields)
+    fields = {"q_type_livesports": row["q_type"], "ocr_livesports": int(row["OCR"] if "OCR" in row else row["ocr"])}
+    fields |= {"problem_id": row["question_id"]} if "question_id" in row else {}
+    return choice_row(row["question"], options, row["answer"], path, by_letter=True, **fields)
 
 
 def load(args: Namespace) -> list[Sample]:
-    names = ("livesports3k_qa.json", "livesports.json")
-    return load_benchmark(args, names, hint=HINT, source="LiveSports-3K-QA", official=official_row)
+    names = ("livesports3k_qa.json", "livesports.json", "sports3k-qa.jsonl")
+    samples = load_benchmark(args, names, hint=HINT, source="LiveSports-3K-QA", official=official_row)
+    for sample in samples:
+        field_of(sample, "q_type_livesports"), field_of(sample, "ocr_livesports")
+    return samples
 
 
 def cut_from_source(sample: Sample) -> list[Media]:

@@ -25,7 +25,8 @@ from evaluate._wording import CHOICE_PROMPTS
 
 NAMES = ("longvideobench.json", "lvb_val.json", "LongVideoBench/lvb_val.json")
 HINT = "The release's lvb_val.json is in the dataset repository longvideobench/LongVideoBench."
-FIELDS = ("duration_group", "question_category", "topic_category", "subtitle_path", "starting_timestamp_for_subtitles")
+FIELDS = ("duration", "duration_group", "question_category", "topic_category")
+FIELDS += ("subtitle_path", "starting_timestamp_for_subtitles")
 
 
 def official_row(row: dict) -> dict:
@@ -42,12 +43,13 @@ def seconds(time: object) -> float:
     return total
 
 
-def subtitle_lines(file: Path, shift_s: float) -> str:
+def subtitle_lines(file: Path, shift_s: float, duration_s: float = float("inf")) -> str:
+    """The spoken lines within the clip, which starts `shift_s` into the subtitles and lasts `duration_s`."""
     lines = []
     for item in json.loads(file.read_text(encoding="utf-8")):
         start = item["timestamp"][0] if "timestamp" in item else item["start"]
         text = item.get("text", item.get("line", ""))
-        if start is not None and seconds(start) >= shift_s:
+        if start is not None and 0 <= seconds(start) - shift_s < duration_s:
             lines.append(f"[{seconds(start) - shift_s:.1f} s] {text}")
     return "\n".join(lines)
 
@@ -63,7 +65,9 @@ def load(args: Namespace) -> list[Sample]:
             name = sample.extra.get("subtitle_path") or f"{Path(sample.media[0].path).stem}_en.json"
             if (folder / name).is_file():
                 shift_s = float(sample.extra.get("starting_timestamp_for_subtitles") or 0)
-                sample.extra["before"] = "The video's subtitles:\n" + subtitle_lines(folder / name, shift_s)
+                length_s = float(sample.extra.get("duration") or "inf")
+                lines = subtitle_lines(folder / name, shift_s, length_s)
+                sample.extra["before"] = f"The video's subtitles:\n{lines}"
     return samples
 
 

@@ -27,7 +27,8 @@ HINT = "The release's evaluation file is in the dataset repository LongVideo-Rea
 
 def official_row(row: dict) -> dict:
     question, options = split_lettered(row["problem"])
-    return choice_row(question, options, gold_of(row["answer"]), row["videos"], problem_id=row.get("id"))
+    gold, fields = gold_of(row["answer"]), {"problem_id": row["id"]} if "id" in row else {}
+    return choice_row(question, options, gold, row["videos"], by_letter=True, **fields)
 
 
 def load(args: Namespace) -> list[Sample]:

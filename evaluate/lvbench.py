@@ -31,7 +31,7 @@ def official_row(row: dict) -> list[dict]:
     for item in row["qa"]:
         question, options = split_lettered(item["question"])
         fields = {"problem_id": item["uid"], "abilities": list(item["question_type"]), "video_type": row["type"]}
-        made.append(choice_row(question, options, item["answer"], f"videos/{row['key']}.mp4", **fields))
+        made.append(choice_row(question, options, item["answer"], f"videos/{row['key']}.mp4", by_letter=True, **fields))
     return made
 
 

@@ -3,8 +3,9 @@
     python evaluate/minerva.py --model DIR --data_dir DIR
 
 Layouts: minerva.json (toolkit; no question types), or the release's minerva.json (key, video_id, question,
-answer_choice_0 to answer_choice_4, answer_id, question type, split, category). Videos: <video_id>.mp4. Official:
-accuracy, and per question type. An unanswered item scores 0 here; a guess at random would be worth 0.2.
+answer_choice_0 to answer_choice_4, answer_id, question_type (older files: "question type"), split, category). Videos:
+<video_id>.mp4. Official: accuracy, and per question type, split and category. An unanswered item scores 0 here; a guess
+at random would be worth 0.2.
 """
 
 import sys
@@ -24,7 +25,13 @@ from evaluate._wording import CHOICE_PROMPTS
 
 def official_row(row: dict) -> dict:
     options = [row[f"answer_choice_{index}"] for index in range(5)]
-    fields = {"problem_id": row["key"], "question_type": row.get("question type"), "category": row.get("category")}
+    kind = row.get("question_type", row.get("question type"))
+    fields = {
+        "problem_id": row["key"],
+        "question_type": kind,
+        "split": row.get("split"),
+        "category": row.get("category"),
+    }
     return choice_row(row["question"], options, int(row["answer_id"]), f"{row['video_id']}.mp4", **fields)
 
 
@@ -39,7 +46,7 @@ BENCHMARK = Benchmark(
     load=load,
     media_roots=("Minderva", "MINERVA", "minerva", "videos"),
     prompts=CHOICE_PROMPTS,
-    breakdown=("question_type", "category"),
+    breakdown=("question_type", "split", "category"),
     official_n=1515,
 )
 

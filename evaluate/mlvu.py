@@ -13,12 +13,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
 import re
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import choice_row, load_benchmark, toolkit_sample
+from evaluate._annotations import choice_row, load_benchmark, read_rows, release_rows, video_sample
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, macro
@@ -36,16 +35,20 @@ def task_of(path: str) -> str:
 
 def load(args: Namespace) -> list[Sample]:
     folders = [Path(args.data_dir) / name for name in ("MLVU/json", "json")]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
+    folder = next((folder for folder in folders if any(folder.glob("[0-9]_*.json"))), None)
     if folder is not None and args.annotations is None and args.split == "dev":
         samples = []
-        for file in sorted(folder.glob("*.json")):
-            rows = json.loads(file.read_text(encoding="utf-8"))
-            for line, row in enumerate((row for row in rows if "candidates" in row), 1):
-                fields = {"task": row["question_type"], "_line": line, "problem_type": "multiple choice"}
-                path = f"video/{file.stem}/{row['video']}"
-                made = choice_row(row["question"], row["candidates"], row["answer"], path, **fields)
-                samples.append(toolkit_sample(made, file, source="MLVU", sample_id=f"{file.stem}-{line}"))
+        for file in sorted(folder.glob("[0-9]_*.json")):
+
+            def as_choice(row: dict, place: str = file.stem) -> dict:
+                fields = {"task": row["question_type"], "problem_type": "multiple choice"}
+                path = f"video/{place}/{row['video']}"
+                return choice_row(row["question"], row["candidates"], row["answer"], path, **fields)
+
+            rows = [row for row in read_rows(file) if "candidates" in row]  # the others are generation tasks
+            for line, row in enumerate(rows, 1):
+                made = {"_line": row["_line"], **release_rows(as_choice, row, file, HINT)[0]}
+                samples.append(video_sample(made, file, source="MLVU", sample_id=f"{file.stem}-{line}"))
         return samples
     names = ("mlvu-dev.json",) if args.split == "dev" else ("mlvu-test.json", "mlvu.json")
     samples = load_benchmark(args, names, hint=HINT, source="MLVU")

@@ -31,7 +31,8 @@ def official_row(row: dict) -> dict:
     fields = {"problem_id": row["id"]}
     if row["question_type"] == "multiple-choice":
         names = sorted(name for name, text in row["choices"].items() if text)
-        return choice_row(row["question"], [row["choices"][name] for name in names], row["answer"], path, **fields)
+        texts = [row["choices"][name] for name in names]
+        return choice_row(row["question"], texts, row["answer"], path, by_letter=True, **fields)
     fields |= {"problem": row["question"], "solution": row["answer"], "problem_type": "open-ended"}
     return {**fields, "path": path}
 

@@ -34,7 +34,7 @@ def official_row(row: dict) -> list[dict]:
             continue
         question, options = split_lettered(item["question"])
         fields = {"problem_id": item["uid"], "original_question_type": row["question_type"]}
-        made.append(choice_row(question, options, item["answer"], row["video_path"], **fields))
+        made.append(choice_row(question, options, item["answer"], row["video_path"], by_letter=True, **fields))
     return made
 
 

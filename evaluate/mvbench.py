@@ -14,12 +14,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
 from argparse import Namespace
 from dataclasses import replace
 
 from data.records import Media, Sample
-from evaluate._annotations import choice_row, load_benchmark, toolkit_sample
+from evaluate._annotations import (
+    AnnotationError,
+    choice_row,
+    field_of,
+    load_benchmark,
+    read_rows,
+    release_rows,
+    video_sample,
+)
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, macro
@@ -44,34 +51,45 @@ def release_samples(folder: Path) -> list[Sample]:
     samples = []
     for task, place in TASKS.items():
         file = folder / f"{task}.json"
+        # NTU RGB+D and TVQA cannot be had by everybody; the table says how many of 4,000 there are.
         if not file.is_file():
             continue
-        for line, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
-            fields = {"task": task, "_line": line, "data_type": "video", "problem_type": "multiple choice"}
-            fields |= {name: row[name] for name in ("start", "end") if row.get(name) is not None}
-            made = choice_row(row["question"], row["candidates"], row["answer"], f"{place}/{row['video']}", **fields)
-            sample = toolkit_sample(made, file, source="MVBench", sample_id=f"{task}-{line}")
-            frames = (
-                sorted((folder.parent / "video" / place / row["video"]).glob("*.jpg")) if place[:4] == "tvqa" else []
-            )
+
+        def as_choice(row: dict, task: str = task, place: str = place) -> dict:
+            fields = {name: row[name] for name in ("start", "end") if row.get(name) is not None}
+            path = f"{place}/{row['video']}"
+            return choice_row(row["question"], row["candidates"], row["answer"], path, task=task, **fields)
+
+        for row in read_rows(file):
+            made = {
+                "problem_type": "multiple choice",
+                "_line": row["_line"],
+                **release_rows(as_choice, row, file, HINT)[0],
+            }
+            sample = video_sample(made, file, source="MVBench", sample_id=f"{task}-{row['_line']}")
+            shots = folder.parent / "video" / made["path"]
+            frames = sorted(map(str, shots.glob("*.jpg"))) if place[:4] == "tvqa" else []
             if frames:
-                sample.media = (Media("video", frames=tuple(map(str, frames)), fps=3.0),)
+                sample.media = (Media("video", frames=tuple(frames), fps=3.0),)
             samples.append(sample)
     return samples
 
 
 def load(args: Namespace) -> list[Sample]:
     folders = [Path(args.data_dir) / name for name in ("json", "MVBench/json", "mvbench/json")]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
+    folder = next((folder for folder in folders if any((folder / f"{task}.json").is_file() for task in TASKS)), None)
     if folder is not None and args.annotations is None:
         samples = release_samples(folder)
     else:
         samples = load_benchmark(args, ("mvbench.json",), hint=HINT, source="MVBench")
         for sample in samples:
-            sample.extra["task"] = list(TASKS)[(int(sample.extra["problem_id"]) - 1) // 200]
+            place = str(field_of(sample, "problem_id"))
+            if not (place.isdecimal() and 1 <= int(place) <= 4000):
+                raise AnnotationError(f"{sample.file}:{sample.line}: field 'problem_id' must be 1 to 4000, got {place}")
+            sample.extra["task"] = list(TASKS)[(int(place) - 1) // 200]
     for sample in samples:
         if args.protocol == "official" and "start" in sample.extra:
-            window = {"start_s": float(sample.extra["start"]), "end_s": float(sample.extra["end"])}
+            window = {"start_s": float(sample.extra["start"]), "end_s": float(field_of(sample, "end"))}
             sample.media = (replace(sample.media[0], **window),)
     return samples
 

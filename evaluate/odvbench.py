@@ -3,7 +3,7 @@
     python evaluate/odvbench.py --model DIR --data_dir DIR
 
 Layouts: odvbench.json (toolkit shape as its code reads it: path <index>_<stem>_s<start>_e<end>.mp4, odv_task,
-odv_subtask), or rows with question, candidates, answer, video, start, end, task, subtask. A pre-cut clip is used if
+odv_subtask), or the release's rows (question, candidates, answer, video, start, end, task, subtask). A pre-cut clip is used if
 it is there; else the source video <stem>.mp4 is cut to [start, end) by timestamps while decoding. Official: accuracy
 per task, sub-task and sub-sub-task; the release leaves unanswered items out, here they are wrong and counted.
 """
@@ -29,7 +29,8 @@ HINT = "The release's question files are in the StreamForest repository."
 
 def official_row(row: dict) -> dict:
     fields = {"odv_task": row["task"], "odv_subtask": row.get("subtask"), "odv_subsubtask": row.get("subsubtask")}
-    fields |= {"start": float(row["start"]), "end": float(row["end"])}
+    if "start" in row:
+        fields |= {"start": float(row["start"]), "end": float(row["end"])}
     return choice_row(row["question"], row["candidates"], row["answer"], row["video"], **fields)
 
 

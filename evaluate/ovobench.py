@@ -5,8 +5,10 @@
 Layouts: ovobench.json (toolkit: one row per query, clips chunked_videos/<id>.mp4 or <id>_<k>.mp4 that end at the
 query), or the release's ovo_bench_new.json (id, task, video, realtime, question, options, gt, test_info). With the
 release's file a chunked clip is used if it is there; else the source video is cut to [0, query time) by timestamps
-while decoding. Official: mean of the task accuracies per category, then of the three categories. Counting reads one
-number (the release joins all digits of an answer: the same on a bare integer).
+while decoding. Official: mean of the task accuracies per category, then of the three categories (the paper's
+overall figure; task_mean is the mean of the twelve tasks, which the release's code prints as total). Counting reads one
+number and yes / no one word (the release joins all digits, or looks for the gold anywhere in the answer: the same on a
+bare answer).
 """
 
 import sys
@@ -20,7 +22,7 @@ from argparse import Namespace
 from dataclasses import replace
 
 from data.records import Media, Sample
-from evaluate._annotations import choice_row, load_benchmark
+from evaluate._annotations import choice_row, field_of, load_benchmark
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, macro
@@ -37,9 +39,12 @@ CATEGORY = {
     "CRR": "forward",
 }
 FORWARD = {
-    "REC": "Count how many times this has happened so far in the video: {}\nAnswer with the number alone.",
-    "SSR": "Is the person doing this step right now, at the end of the video: {}\nAnswer with yes or no only.",
-    "CRR": "Does the video shown so far already hold what is needed to answer this: {}\nAnswer with yes or no only.",
+    "REC": "People in the video may do one kind of action again and again. Count how often they have done it so far, all "
+    "people together, one complete motion counting once: {}\nAnswer with the number alone.",
+    "SSR": "The video is a tutorial made of steps. Is the person doing this step right now, at the end of the video: {}\n"
+    "Answer with yes or no only.",
+    "CRR": "Does the video shown so far, its last frames above all, already hold what is needed to answer this: {}\n"
+    "Answer with yes or no only.",
 }
 
 
@@ -51,7 +56,13 @@ def official_row(row: dict) -> dict | list[dict]:
         return choice_row(row["question"], row["options"], int(row["gt"]), f"{number}.mp4", **fields)
     made = []
     for place, test in enumerate(row["test_info"]):
-        text = row["question"] if task == "CRR" else test["step"] if task == "SSR" else row["activity"]
+        text = (
+            row["question"]
+            if task == "CRR"
+            else test["step"]
+            if task == "SSR"
+            else f"How many times did they {row['activity']}?"
+        )
         gold = str(test["count"]) if task == "REC" else "Yes" if test["type"] == 1 else "No"
         query = {"query_s": float(test["realtime"]), "source_video": row["video"], "ovo_test_idx": place}
         query |= {"problem": text, "solution": gold, "problem_type": task, "problem_id": f"ovo_{number}_{place}"}
@@ -62,7 +73,10 @@ def official_row(row: dict) -> dict | list[dict]:
 
 
 def load(args: Namespace) -> list[Sample]:
-    return load_benchmark(args, NAMES, hint=HINT, source="OVO-Bench", official=official_row)
+    samples = load_benchmark(args, NAMES, hint=HINT, source="OVO-Bench", official=official_row)
+    for sample in samples:
+        field_of(sample, "ovo_task"), field_of(sample, "ovo_category")
+    return samples
 
 
 def cut_from_source(sample: Sample) -> list[Media]:
@@ -92,6 +106,7 @@ def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
     for category in ("backward", "realtime", "forward"):
         only = [a if path(a)[0] == category else Answer(a.sample, a.row, None) for a in answers]
         found[category] = macro(only, draws, path)
+    found["task_mean"] = macro(answers, draws, lambda answer: path(answer)[1:])
     return found | accuracy(answers, draws, "micro_accuracy")
 
 

@@ -5,7 +5,7 @@
 Layout: stvg.json (toolkit: {time: [s, e], boxes: {second: box in source pixels}}). Videos: <id>.mp4. The prompt names
 the system that boxes are asked for in (--coord; the family's own if left out), and they are compared as shares of the
 frame, with the source's size read from the file. Official: m_tIoU, tIoU@k, m_sIoU (over common seconds), m_vIoU (over
-the union), vIoU@k.
+the union), vIoU@k, with >= as in LLaVA-ST.
 """
 
 import sys
@@ -21,7 +21,7 @@ from data.records import Sample
 from evaluate._annotations import load_benchmark
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
-from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, part_means, plain_score
+from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, plain_score
 from evaluate._sources import boxes_as_share, source_size
 from rewards.geometry import box_iou, scale_of, scaled
 from rewards.metrics import tube_parts
@@ -58,14 +58,12 @@ def score(sample: Sample, response: str, extra: dict) -> dict:
 
 
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
-    means = part_means(answers, draws, ("tIoU", "sIoU", "vIoU"))
-    found = {f"m_{name}": estimate for name, estimate in means.items()}
-    for name in ("tIoU", "vIoU"):
-        keep = [
-            name in a.parts or (a.failed and (name == "tIoU" or a.sample.extra["boxed"] == "boxes")) for a in answers
-        ]
-        for bound in (0.3, 0.5, 0.7):
-            found[f"{name}@{bound}"] = draws.mean([float(a.parts.get(name, 0.0) > bound) for a in answers], keep)
+    found: Metrics = {}
+    for name in ("tIoU", "sIoU", "vIoU"):
+        keep = [name == "tIoU" or a.sample.extra["boxed"] == "boxes" for a in answers]
+        found[f"m_{name}"] = draws.mean([a.parts.get(name, 0.0) for a in answers], keep)
+        for bound in (0.3, 0.5, 0.7) if name != "sIoU" else ():
+            found[f"{name}@{bound}"] = draws.mean([float(a.parts.get(name, 0.0) >= bound) for a in answers], keep)
     return found | accuracy(answers, draws, "half_tIoU_half_box")
 
 

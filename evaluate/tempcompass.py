@@ -3,7 +3,8 @@
     python evaluate/tempcompass.py --model DIR --data_dir DIR [--tasks multi-choice yes_no]
 
 Layouts: tempcompass.json (toolkit), or the release's questions/{multi-choice,yes_no,caption_matching,captioning}.json
-(video -> dimension -> list of question, answer). Videos: videos/<id>.mp4. Captions need a judge and wait for one.
+(video -> dimension -> list of question, answer). Videos: videos/<id>.mp4. Captions need a judge and wait for one; it
+compares them with the right piece of information (officially it answers the multiple-choice question from the caption).
 Official: accuracy per task and per dimension.
 """
 
@@ -17,7 +18,15 @@ import re
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, choice_row, load_benchmark, read_rows, split_lettered, toolkit_sample
+from evaluate._annotations import (
+    AnnotationError,
+    choice_row,
+    load_benchmark,
+    read_rows,
+    release_rows,
+    split_lettered,
+    video_sample,
+)
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, by_field
@@ -45,7 +54,7 @@ def row_of(task: str, video: str, dimension: str, item: dict) -> dict:
 
 def load(args: Namespace) -> list[Sample]:
     folders = [Path(args.data_dir) / name for name in ("questions", "TempCompass/questions")]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
+    folder = next((folder for folder in folders if any((folder / f"{task}.json").is_file() for task in TASKS)), None)
     if folder is None or args.annotations:
         samples = load_benchmark(args, ("tempcompass.json",), hint=HINT, source="TempCompass")
     else:
@@ -55,11 +64,21 @@ def load(args: Namespace) -> list[Sample]:
             if not file.is_file():
                 raise AnnotationError(f"{file} is missing. {HINT}")
             for video, dimensions in read_rows(file)[0].items():
-                for dimension, items in dimensions.items() if video != "_line" else ():
-                    for place, item in enumerate(items):
-                        row = {"problem_type": "multiple choice", **row_of(task, video, dimension, item)}
-                        name = f"{task}/{video}/{dimension}/{place}"
-                        samples.append(toolkit_sample(row, file, source="TempCompass", sample_id=name))
+                if video == "_line":
+                    continue
+
+                def rows_of(dimensions: dict, task: str = task, video: str = video) -> list[dict]:
+                    return [
+                        {**row_of(task, video, dimension, item), "name": f"{task}/{video}/{dimension}/{place}"}
+                        for dimension, items in dimensions.items()
+                        for place, item in enumerate(items)
+                    ]
+
+                for row in release_rows(rows_of, dimensions, f"{file}:{video}", HINT):
+                    row = {"problem_type": "multiple choice", **row}
+                    samples.append(video_sample(row, file, source="TempCompass", sample_id=row.pop("name")))
+    if args.tasks and not any("task" in sample.extra for sample in samples):
+        raise AnnotationError(f"--tasks needs the release's questions/, where tasks are named. {HINT}")
     return [sample for sample in samples if not args.tasks or sample.extra.get("task") in args.tasks]
 
 

@@ -3,7 +3,7 @@
     python evaluate/vcrbench.py --model DIR --data_dir DIR [--judge_url URL --judge_model NAME]
 
 Layouts: vcrbench.json (toolkit), or the release's list (id, video_path, question, multiple-choice, choices, answer,
-dimension, duration). Videos: v1/videos/… Of the open answers 66 are intervals (right if tIoU > 0.7) and 144 boxes in
+dimension, duration in seconds). Videos: v1/videos/… Of the open answers 66 are intervals (right if tIoU > 0.7) and 144 boxes in
 source pixels (right if IoU > 0.5): checked here; numbers too; the others wait for a judge. The step scores of the
 release need its reasoning notes and a judge per step; they are not computed.
 """
@@ -18,7 +18,7 @@ import re
 from argparse import Namespace
 
 from data.records import Sample
-from evaluate._annotations import load_benchmark
+from evaluate._annotations import letter, load_benchmark
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
@@ -40,12 +40,23 @@ def answer_kind(answer: str) -> str:
 
 
 def official_row(row: dict) -> dict:
-    choices = row["choices"] or {}
-    texts = [f"{name}. {choices[name]}" for name in sorted(choices)] if isinstance(choices, dict) else list(choices)
+    choices, question = row["choices"] or {}, row["question"]
+    if isinstance(choices, list):
+        choices = {letter(place): text for place, text in enumerate(choices)}
+    chosen = {name: choices[name] for name in sorted(choices) if choices[name]} if row["multiple-choice"] else {}
+    texts = [f"{name}. {text}" for name, text in chosen.items()]
+    # The release's questions end in their own options, which the prompt writes anyway.
+    if texts and texts[0] in question:
+        question = question[: question.index(texts[0])].strip()
     fields = {"problem_id": row["id"], "dimension": row.get("dimension"), "duration": row.get("duration")}
     kind = "multiple choice" if row["multiple-choice"] else "open-ended"
-    fields |= {"problem": row["question"], "options": texts, "solution": str(row["answer"]), "problem_type": kind}
+    fields |= {"problem": question, "options": texts, "solution": str(row["answer"]), "problem_type": kind}
     return {**fields, "path": row["video_path"]}
+
+
+def duration_group(seconds: float) -> str:
+    """Official groups: up to a minute, up to five, longer."""
+    return "0-60 s" if seconds <= 60 else "60-300 s" if seconds <= 300 else "over 300 s"
 
 
 def load(args: Namespace) -> list[Sample]:
@@ -54,6 +65,8 @@ def load(args: Namespace) -> list[Sample]:
         sample.extra["kind"] = "choice" if sample.options else answer_kind(str(sample.answer).strip())
         if sample.extra["kind"] in ("interval", "box", "number"):
             sample.extra["answer_kind"] = sample.extra["kind"]
+        if isinstance(sample.extra.get("duration"), (int, float)):
+            sample.extra["duration_group"] = duration_group(sample.extra["duration"])
     return samples
 
 
@@ -81,7 +94,7 @@ BENCHMARK = Benchmark(
     prompts=CHOICE_PROMPTS,
     score=score,
     metrics=metrics,
-    breakdown=("kind", "dimension"),
+    breakdown=("kind", "dimension", "duration_group"),
     official_n=1034,
     watch=source_size,
     judged=lambda sample: sample.extra["kind"] == "text",

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import ast
 from argparse import Namespace
 
-from data.records import Sample
+from data.records import Media, Sample
 from evaluate._annotations import choice_row, load_benchmark
 from evaluate._run import main
 from evaluate._scoring import Benchmark
@@ -30,19 +30,25 @@ def official_row(row: dict) -> dict:
     options = ast.literal_eval(row["Options"]) if isinstance(row["Options"], str) else row["Options"]
     texts = [options[name] for name in sorted(options)]
     fields = {"problem_id": row["Question ID"], "question_type": row["Question Type"]}
-    return choice_row(row["Question"], texts, row["Answer"], f"videos_cropped/{row['video ID']}.mp4", **fields)
+    path = f"videos_cropped/{row['video ID']}.mp4"
+    return choice_row(row["Question"], texts, row["Answer"], path, by_letter=True, **fields)
 
 
 def load(args: Namespace) -> list[Sample]:
     return load_benchmark(args, NAMES, hint=HINT, source="Video-Holmes", official=official_row)
 
 
+def uncropped(sample: Sample) -> list[Media]:
+    return [Media("video", path=sample.media[0].path.replace("videos_cropped/", "videos/"))]
+
+
 BENCHMARK = Benchmark(
     name="videoholmes",
     title="Video-Holmes",
     load=load,
-    media_roots=("Video-Holmes",),
+    media_roots=("Video-Holmes", "Video-Holmes/Benchmark", "Benchmark"),
     prompts=CHOICE_PROMPTS,
+    clips=uncropped,
     breakdown=("question_type",),
     official_n=1837,
 )

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, load_benchmark
+from evaluate._annotations import AnnotationError, field_of, load_benchmark
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
@@ -57,7 +57,7 @@ def load(args: Namespace) -> list[Sample]:
                 f"--subtitles: none of {', '.join(map(str, folders))} exists (the release's .srt files)"
             )
         for sample in samples:
-            file = folder / f"{sample.extra['videoID']}.srt"
+            file = folder / f"{field_of(sample, 'videoID')}.srt"
             if file.is_file():  # about a sixth of the videos have no speech and no file
                 text = subtitle_text(file.read_text(encoding="utf-8", errors="replace"))
                 sample.extra["before"] = f"The video's subtitles:\n{text}"

@@ -14,19 +14,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
+import itertools
+import math
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, load_benchmark
+from evaluate._annotations import AnnotationError, field_of, load_benchmark, read_rows
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
-from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
+from evaluate._scoring import Answer, Benchmark, Metrics, accuracy, chance
 from evaluate._wording import CHOICE_PROMPTS
 
 NAMES = ("videomme_v2.json", "videomme_v2.jsonl", "test.parquet", "test-00000-of-00001.parquet")
 HINT = "The release's parquet has question, options (lines A to H), answer, level, group_type and group_structure."
 FIELDS = ("video_id", "question_id", "level", "group_type", "group_structure", "second_head", "third_head")
+STRUCTURES = ("[1,2,3,4]", "[1,[2,3],4]", "[[1,2],3,4]")
 
 
 def official_row(row: dict) -> dict:
@@ -38,8 +40,21 @@ def official_row(row: dict) -> dict:
 
 def load(args: Namespace) -> list[Sample]:
     samples = load_benchmark(
-        args, NAMES, hint=HINT, source="Video-MME-v2", official=official_row, sample_id=lambda row: row["question_id"]
+        args,
+        NAMES,
+        hint=HINT,
+        source="Video-MME-v2",
+        official=official_row,
+        sample_id=lambda row: row.get("question_id", ""),
     )
+    for sample in samples:
+        field_of(sample, "video_id"), field_of(sample, "question_id")
+        kind, shape = field_of(sample, "group_type"), str(sample.extra.get("group_structure")).replace(" ", "")
+        if kind not in ("relevance", "logic") or (kind == "logic" and shape not in STRUCTURES):
+            raise AnnotationError(
+                f"{sample.file}:{sample.line}: group_type {kind!r} with group_structure {shape!r} cannot be scored; "
+                f"known: relevance, and logic with {', '.join(STRUCTURES)}"
+            )
     if args.subtitles:
         folder = Path(args.data_dir) / "subtitle"
         if not folder.is_dir():
@@ -47,8 +62,8 @@ def load(args: Namespace) -> list[Sample]:
         for sample in samples:
             file = folder / f"{sample.extra['video_id']}.jsonl"
             if file.is_file():
-                words = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-                text = " ".join(str(word.get("word", word.get("text", ""))).strip() for word in words)
+                words = [str(row.get("text", row.get("word", ""))).strip() for row in read_rows(file)]
+                text = " ".join(words)
                 sample.extra["before"] = f"The video's subtitles:\n{text}"
     return samples
 
@@ -76,18 +91,36 @@ def group_score(right: list[bool], group_type: str, structure: str = "") -> floa
     return points[reached] / whole
 
 
-def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
+def whole_groups(answers: list[Answer]) -> list[list[int]]:
+    """Places of the four answers of each video, in the order of their question ids; a --limit may cut a group, which has
+    no score then."""
     groups: dict[str, list[int]] = {}
     for index, answer in enumerate(answers):
         groups.setdefault(str(answer.sample.extra["video_id"]), []).append(index)
-    values, last = [0.0] * len(answers), [False] * len(answers)
     for members in groups.values():
-        members.sort(key=lambda index: answers[index].sample.extra["question_id"])
+        members.sort(key=lambda index: str(answers[index].sample.extra["question_id"]))
+    return [members for members in groups.values() if len(members) == 4]
+
+
+def guessing(answers: list[Answer]) -> float:
+    """Mean group score of random letters: every outcome of four guesses, weighted by its probability."""
+    total, groups = 0.0, whole_groups(answers)
+    for members in groups:
+        extra = answers[members[-1]].sample.extra
+        odds = [chance(answers[index].sample) for index in members]
+        for right in itertools.product([True, False], repeat=4):
+            weight = math.prod(p if hit else 1 - p for p, hit in zip(odds, right))
+            total += weight * group_score(list(right), extra["group_type"], extra["group_structure"])
+    return total / len(groups) if groups else 0.0
+
+
+def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
+    values, last = [0.0] * len(answers), [False] * len(answers)
+    for members in whole_groups(answers):
         extra = answers[members[-1]].sample.extra
         right = [answers[index].score == 1.0 for index in members]
-        if len(right) == 4:  # a --limit may cut a group; it has no score then
-            values[members[-1]] = group_score(right, extra["group_type"], extra["group_structure"])
-            last[members[-1]] = True
+        values[members[-1]] = group_score(right, extra["group_type"], extra["group_structure"])
+        last[members[-1]] = True
     found = {"group_score": draws.mean(values, last)}
     for field in ("group_type", "level", "second_head", "third_head"):
         names = sorted(
@@ -110,8 +143,9 @@ BENCHMARK = Benchmark(
     media_roots=("Video-MME-v2", "videomme_v2"),
     prompts=CHOICE_PROMPTS,
     metrics=metrics,
+    guessing=guessing,
     primary="group_score",
-    breakdown=("level", "group_type", "second_head"),
+    breakdown=("level", "group_type", "second_head", "third_head"),
     official_n=3200,
     flags=flags,
     variant=lambda args: "subtitles" if args.subtitles else "",

@@ -4,9 +4,9 @@
 
 Layouts: videommmu_with_image.json, or videommmu.json with --no_image (toolkit: records 1 to 300 Adaptation, 301 to
 600 Comprehension, 601 to 900 Perception), or the release's three parquet files (id, question, options, answer, image)
-under Adaptation/, Comprehension/ and Perception/. Videos: <id>.mp4; images: images/<id>.png, shown after the video as
-the question's image. Official: accuracy per track and their mean; 18 open answers of Adaptation by the MMMU number
-rule.
+under Adaptation/, Comprehension/ and Perception/. Videos: <id>.mp4, also in the release's folders Art/ to Engineering/;
+images: images/<id>.png, shown after the video as the question's image. Official: accuracy per track and their mean, and
+per subject; 18 open answers of Adaptation are read as one number (officially: any number of the reply, to two places).
 """
 
 import sys
@@ -19,16 +19,34 @@ import re
 from argparse import ArgumentParser, Namespace
 
 from data.records import Media, Sample
-from evaluate._annotations import choice_row, find_annotations, load_benchmark, read_rows, toolkit_sample
+from evaluate._annotations import (
+    AnnotationError,
+    choice_row,
+    field_of,
+    find_annotations,
+    load_benchmark,
+    read_rows,
+    release_rows,
+    video_sample,
+)
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, by_field, macro
 from evaluate._wording import joined, letter_prompt, reasoned_prompt
 
 TRACKS = ("adaptation", "comprehension", "perception")
+DOMAINS = ("Art", "Science", "Humanities", "Engineering", "Medicine", "Business")  # folders of the release's videos
 HINT = "The release's parquet files are in the dataset repository lmms-lab/VideoMMMU."
 QUIZ = "Leave aside the quiz that the last frame of the video shows."
 IMAGE = "Learn from the video and apply it to the question. The image after the video belongs to the question."
+
+
+def release_row(row: dict) -> dict:
+    """One row of a release's parquet, without its image."""
+    path = f"{row['id']}.mp4"
+    if row["options"]:
+        return choice_row(row["question"], row["options"], row["answer"], path, by_letter=True)
+    return {"problem": row["question"], "solution": str(row["answer"]), "problem_type": "numerical", "path": path}
 
 
 def release_samples(args: Namespace) -> list[Sample]:
@@ -37,14 +55,9 @@ def release_samples(args: Namespace) -> list[Sample]:
         names = (f"{track.title()}/test-00000-of-00001.parquet",)
         file = find_annotations(Path(args.data_dir), names, None, HINT)
         for row in read_rows(file):
-            fields = {"track": track, "_line": row["_line"], "data_type": "video", "problem_type": "multiple choice"}
-            path = f"{row['id']}.mp4"
-            if len(row["options"]) > 0:
-                made = choice_row(row["question"], list(row["options"]), row["answer"], path, **fields)
-            else:
-                fields |= {"problem": row["question"], "solution": str(row["answer"]), "problem_type": "numerical"}
-                made = {**fields, "path": path}
-            sample = toolkit_sample({**fields, **made}, file, source="Video-MMMU", sample_id=f"{track}/{row['id']}")
+            made = release_rows(release_row, row, file, HINT)[0]
+            made = {"track": track, "_line": row["_line"], "problem_type": "multiple choice", **made}
+            sample = video_sample(made, file, source="Video-MMMU", sample_id=f"{track}/{row['id']}")
             if track == "adaptation" and row.get("image"):
                 sample.media += (Media("image", data=row["image"]["bytes"]),)
             samples.append(sample)
@@ -58,8 +71,13 @@ def load(args: Namespace) -> list[Sample]:
         names = ("videommmu.json",) if args.no_image else ("videommmu_with_image.json",)
         samples = load_benchmark(args, names, hint=HINT, source="Video-MMMU")
         for sample in samples:
-            sample.extra["track"] = TRACKS[(int(sample.extra["problem_id"]) - 1) // 300]
+            place = str(field_of(sample, "problem_id"))
+            if not (place.isdecimal() and 1 <= int(place) <= 900):
+                raise AnnotationError(f"{sample.file}:{sample.line}: field 'problem_id' must be 1 to 900, got {place}")
+            sample.extra["track"] = TRACKS[(int(place) - 1) // 300]
     for sample in samples:
+        named = re.match(r"[^_]+_(.+)_\d+$", Path(sample.media[0].path).stem)
+        sample.extra["subject"] = named[1] if named else "unknown"
         adaptation = sample.extra["track"] == "adaptation"
         if args.no_image:
             sample.media = tuple(item for item in sample.media if item.kind == "video")
@@ -89,11 +107,15 @@ BENCHMARK = Benchmark(
     name="videommmu",
     title="Video-MMMU",
     load=load,
-    media_roots=("VideoMMMU", "Video-MMMU"),
+    media_roots=(
+        "VideoMMMU",
+        "Video-MMMU",
+        *(root + name for root in ("VideoMMMU/", "Video-MMMU/", "") for name in DOMAINS),
+    ),
     metrics=metrics,
     prompts={"official": direct, "official_cot": reasoned_prompt},
     primary="overall",
-    breakdown=("track",),
+    breakdown=("track", "subject"),
     official_n=900,
     flags=flags,
     variant=lambda args: "no_image" if args.no_image else "with_image",

@@ -55,7 +55,9 @@ def read_predictions(path: Path) -> list[dict]:
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; the paired difference needs it, run the evaluation again")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines() would cut at U+2028
+        if not line:
+            continue
         try:
             row = json.loads(line)
             rows.append({**row, "id": row["id"], "score": row["score"]})
@@ -80,12 +82,15 @@ def find_runs(place: Path) -> list[Run]:
     return runs
 
 
-def latest(runs: list[Run]) -> dict[str, Run]:
-    """Benchmark -> its newest run (a place may hold several with other settings; which was taken is printed)."""
+def latest(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
+    """Benchmark -> its newest run, and notes that say which was taken where a place holds several."""
     newest: dict[str, Run] = {}
+    count: dict[str, int] = {}
     for run in sorted(runs, key=lambda run: (run.folder / "results.json").stat().st_mtime):
         newest[run.benchmark] = run
-    return newest
+        count[run.benchmark] = count.get(run.benchmark, 0) + 1
+    notes = [f"{name}: {n} runs, the newest is {newest[name].folder}" for name, n in count.items() if n > 1]
+    return newest, notes
 
 
 def percent(line: dict | None) -> str:
@@ -110,9 +115,15 @@ def compare(base: Run, other: Run) -> dict:
 def differing_settings(base: Run, other: Run) -> list[str]:
     """Settings, besides the model itself, in which two runs differ."""
     ours, theirs = base.results["settings"], other.results["settings"]
-    return sorted(
-        name for name in ours.keys() | theirs.keys() if name != "model" and ours.get(name) != theirs.get(name)
-    )
+    changed = {name for name in ours.keys() | theirs.keys() if name != "model" and ours.get(name) != theirs.get(name)}
+    judges = [run.results.get("engine", {}).get("judge", {}).get("identity") for run in (base, other)]
+    return sorted(changed | ({"judge"} if judges[0] != judges[1] else set()))
+
+
+def mean_is_primary(run: Run) -> bool:
+    """Whether the primary metric is the mean of the scores that are compared, which the paired difference is about."""
+    value = run.results["metrics"].get(run.results["primary"], {}).get("value")
+    return bool(run.scores) and value is not None and abs(sum(run.scores.values()) / len(run.scores) - value) < 1e-6
 
 
 def picture(names: list[str], rows: list[tuple[str, list[dict | None]]]) -> str:
@@ -153,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if len(args.runs) < 2:
         parser.error("give two runs or more")
-    places = [latest(find_runs(Path(place))) for place in args.runs]
+    found_in = [latest(find_runs(Path(place))) for place in args.runs]
+    places = [newest for newest, _ in found_in]
     names = short_names(args.runs)
     benchmarks = [name for name in places[0] if any(name in place for place in places[1:])]
     if not benchmarks:
@@ -162,13 +174,13 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
     table = Table(title="scores in % (95 % interval); differences to the first run, paired", title_justify="left")
     for heading in ("benchmark", "metric", *names):
         table.add_column(heading)
     for name in names[1:]:
         table.add_column(f"{name} − {names[0]}")
-    rows, figures, notes = [], {}, []
+    rows, figures, notes = [], {}, [note for _, several in found_in for note in several]
     for benchmark in benchmarks:
         runs = [place.get(benchmark) for place in places]
         base = runs[0]
@@ -186,6 +198,10 @@ def main(arguments: list[str] | None = None) -> int:
                 changed = differing_settings(base, run)
                 if changed:
                     notes.append(f"{benchmark}: {name} was run with other {', '.join(changed)}")
+                if not (mean_is_primary(base) and mean_is_primary(run)):
+                    notes.append(
+                        f"{benchmark}: {primary} is not the mean score per question; the difference is of that mean"
+                    )
                 if found["only_base"] or found["only_other"]:
                     notes.append(f"{benchmark}: {found['only_base']} questions only in {names[0]}, "
                                  f"{found['only_other']} only in {name}; the difference is over the rest")  # fmt: skip
@@ -195,12 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
             if metric == primary:
                 rows.append((benchmark, lines))
     console.print(table)
-    console.print("difference: mean score per question, 95 % interval and p by sign flips per video", markup=False)
+    console.print("difference: mean score per question, 95 % interval and p by sign flips per video")
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     if args.plot:
         Path(args.plot).write_text(picture(names, rows), encoding="utf-8")
-        console.print(f"picture: {args.plot}", markup=False)
+        console.print(f"picture: {args.plot}")
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 0

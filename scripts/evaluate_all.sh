@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 DATA_DIR=${DATA_DIR:-benchmarks}
 BENCHMARKS=${BENCHMARKS:-videomme videomme_v2 mvbench tempcompass motionbench lvbench longvideobench mlvu videoholmes minerva
   vcrbench videoreasonbench longvideoreason mmvu videommmu videomathqa vsibench charades_sta stvg ovobench odvbench
-  livesports videommlu}
+  livesports videommlu timelens}
 venv=${REELRL_VENV:-.venv}
 [ -d "$venv/bin" ] && PATH="$(cd "$venv/bin" && pwd):$PATH" && export PATH
 failed=()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -71,6 +72,19 @@ def test_paired_difference():
     assert got.difference == pytest.approx(10 / 34)
     assert got.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14, abs=0.002)
     assert got.low > 0
+
+
+def test_paired_p_value_is_that_of_all_sign_flips_of_the_videos():
+    """8 videos with 1 to 3 questions: all 2^8 flips of the videos' summed differences, counted one by one."""
+    rng = np.random.default_rng(5)
+    clusters = [f"v{n}" for n in range(8) for _ in range(1 + n % 3)]
+    a, b = rng.integers(0, 2, len(clusters)).astype(float), rng.integers(0, 2, len(clusters)).astype(float)
+    sums = [sum(y - x for x, y, c in zip(a, b, clusters) if c == f"v{n}") for n in range(8)]
+    flips = [abs(sum(sign * s for sign, s in zip(signs, sums))) for signs in itertools.product([1, -1], repeat=8)]
+    exact = sum(flip >= abs(sum(sums)) for flip in flips) / len(flips)
+    got = paired(a, b, clusters, resamples=40000)
+    assert 0.05 < exact < 0.95 and got.p_value == pytest.approx(exact, abs=0.01)
+    assert got.difference == pytest.approx(sum(sums) / len(clusters))
 
 
 def test_paired_without_differences_is_not_significant():
