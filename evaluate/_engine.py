@@ -137,7 +137,10 @@ class LoaderThreads:
                 error = caught
             if abandoned.is_set():
                 return  # a replacement was started when the time limit passed
-            loop.call_soon_threadsafe(_settle, future, result, error)
+            try:
+                loop.call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:  # the run has ended meanwhile and closed its loop: nobody waits for this
+                return
             del result, error, future, arguments
 
     async def run(self, function: Callable, *arguments: Any, timeout_s: float) -> Any:
