@@ -36,5 +36,12 @@ fi
 # NCCL_IB_GID_INDEX=3 is usual for RoCE v2. NCCL_DEBUG=INFO prints what was chosen: look for "NET/IB" against "NET/Socket".
 # NCCL_NVLS_ENABLE=0 where a container does not allow NVLink multicast. Do not set PYTORCH_CUDA_ALLOC_CONF to
 # expandable_segments: vLLM's sleep does not work with it, and the run refuses to start.
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+#
+# Threads. With a GPU each rank gets its share of the cores, 8 at most: vLLM turns frames into patches with them, between
+# two decoding steps. torchrun alone would give every rank one. Without a GPU the ranks compute on the cores: one each.
+threads=1
+if [ -e /dev/nvidia0 ]; then
+  threads=$(( $(nproc) / RANKS )); threads=$(( threads < 1 ? 1 : threads > 8 ? 8 : threads ))
+fi
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 exec torchrun "${place[@]}" --nproc_per_node "$RANKS" "$@"
