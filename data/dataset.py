@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -81,7 +82,7 @@ def load(
     """
     if on_bad_sample not in ("error", "skip"):
         raise ValueError(f"--on_bad_sample must be error or skip, got {on_bad_sample!r}")
-    names, media_fields = _field_names(field_names or {})
+    names, media_fields = resolve_field_names(field_names or {})
     samples: list[Sample] = []
     problems: list[dict[str, Any]] = []
     ignored_artifacts = 0
@@ -120,7 +121,22 @@ def load(
     return samples
 
 
-def _field_names(renamed: dict[str, str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def parse_field_names(text: str | None) -> dict[str, str]:
+    """The JSON object of --field_names. Raises ValueError."""
+    try:
+        renamed = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f'--field_names {text}: is not JSON ({error}); write \'{{"videos": "clip"}}\'') from None
+    if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
+        raise ValueError(f'--field_names {text}: must be an object of names; write \'{{"videos": "clip"}}\'')
+    return renamed
+
+
+def resolve_field_names(renamed: dict[str, str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """(our field -> the names looked for in a row, media field of a row -> kind), with --field_names applied.
+
+    Raises ValueError for a field that does not exist.
+    """
     known = {**FIELDS, **dict.fromkeys(MEDIA_FIELDS, ())}
     for name in renamed:
         if name not in known:
@@ -363,9 +379,13 @@ class SampleOrder:
         levels = []
         for sample in self.samples:
             value = sample.extra.get(field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            try:
+                level = math.nan if isinstance(value, bool) else float(value)  # a CSV file has its numbers as text
+            except (TypeError, ValueError):
+                level = math.nan
+            if not math.isfinite(level):  # NaN, which Parquet may hold, has no place in an order
                 raise ValueError(f"--curriculum {field}: {sample.file}:{sample.line} has {value!r}; give it a number")
-            levels.append(float(value))
+            levels.append(level)
         return levels
 
     def _weighted_groups(self, weights: dict[str, float]) -> list[tuple[list[int], float]]:

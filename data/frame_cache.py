@@ -121,7 +121,8 @@ def _header_of_source(
     source: dict[str, Any] = {
         "id": identity,
         "identity": "full" if full else "fast",
-        "name": media_name(media),
+        # Absolute: --prune asks for this file later, from whatever folder it is started in.
+        "name": media_name(media) if media.path is None else os.path.abspath(media.path),
         "height": plan.source_height,
         "width": plan.source_width,
     }
@@ -181,7 +182,7 @@ class FrameCache:
         self.on_damaged, self.storage = on_damaged, storage
         self._identities: dict[str, tuple[int, int, str]] = {}
         self._failures = _read_failures(cache_dir) if mode != "off" else {}
-        self._failed_names = {record["path"] for record in self._failures.values()}
+        self._failed_names = {os.path.basename(record["path"]) for record in self._failures.values()}
 
     def identity(self, media: Media) -> str:
         """source_identity, remembered per path until its size or mtime changes."""
@@ -327,7 +328,8 @@ class FrameCache:
 
     def known_failure(self, media: Media) -> MediaError | None:
         """The verdict of an earlier preprocessing run on this very content and window, if it was a failure."""
-        if media_name(media) not in self._failed_names:  # most media: no need to look at the file
+        # Most media: no need to look at the file. Only its own name, as the folder may be written in several ways.
+        if os.path.basename(media_name(media)) not in self._failed_names:
             return None
         failure = self._failures.get(failure_key(self.identity(media), media))
         return None if failure is None else MediaError(media_name(media), failure["reason"], failure["remedy"])
@@ -400,11 +402,27 @@ def failure_key(identity: str, media: Media) -> str:
 def _read_failures(cache_dir: str) -> dict[str, dict[str, str]]:
     failures = {}
     for path in sorted(Path(cache_dir).glob("failed*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_failed(str(path)):
             if record.get("media_key"):
                 failures[record["media_key"]] = record
     return failures
+
+
+def read_failed(path: str) -> list[dict[str, Any]]:
+    """The records of a list of failures, [] if there is none. Raises ValueError naming a line that is not one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut names that hold U+2028
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+                records[-1]["file"], records[-1]["line"], records[-1]["path"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: is no record of a failure ({error}); delete the line") from None
+    return records
 
 
 def _stored_plan(entry: Entry) -> VideoPlan:

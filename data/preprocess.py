@@ -25,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from data.dataset import describe_problem, duration_histogram, load
+from data.dataset import describe_problem, duration_histogram, load, parse_field_names, resolve_field_names
 from data.decode import MediaError, backend_problem
 from data.decode_pool import run_jobs
 from data.frame_cache import (
@@ -35,12 +35,13 @@ from data.frame_cache import (
     failure_key,
     mark_cache,
     read_entry,
+    read_failed,
     read_pixels,
     source_identity,
     stale_temporaries,
 )
 from data.records import Media
-from data.rows import MEDIA_FIELDS, BadRow, expand_files, media_of_row, read_rows
+from data.rows import BadRow, expand_files, media_of_row, read_rows
 from data.video import VideoSettings, media_name
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -86,15 +87,23 @@ def preprocess(args, settings: VideoSettings) -> int:
     """Runs the whole job; returns the exit status."""
     if problem := backend_problem(settings.backend):
         raise ValueError(f"--decoder {settings.backend}: {problem}; install it or use --decoder pyav")
-    Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
+    if args.media_dir is not None and not os.path.isdir(args.media_dir):
+        raise ValueError(f"--media_dir {args.media_dir} does not exist; correct it")
+    failed_file = args.failed_file or _default_failed_file(args)
+    for flag, folder in (("--cache_dir", args.cache_dir), ("--failed_file", os.path.dirname(failed_file) or ".")):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{flag} {folder}: cannot be made ({error.strerror}); give another folder") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{flag} {folder}: cannot be written to; change its permissions or give another folder")
     identity, storage = mark_cache(args.cache_dir, args.identity, args.storage)
     for path in stale_temporaries(args.cache_dir):
         Path(path).unlink(missing_ok=True)
-    fields = None
-    if args.field_names:
-        renamed = json.loads(args.field_names)
-        fields = {renamed.get(name, name): kind for name, kind in MEDIA_FIELDS.items()}
+    fields = resolve_field_names(parse_field_names(args.field_names))[1]
     jobs, problems, modality = collect(args.data, args.media_dir, args.shard, fields)
+    if not modality:
+        raise ValueError(f"--data {' '.join(args.data)}: holds no row")
     if args.check_gold:
         problems += _gold_problems(args, problems)
     options = {"identity": identity, "storage": storage}
@@ -124,7 +133,6 @@ def preprocess(args, settings: VideoSettings) -> int:
             interrupted = True
         finally:
             running.close()
-    failed_file = args.failed_file or _default_failed_file(args)
     _write_failed(failed_file, problems, set(expand_files(args.data)))
     _forget_failures(args.cache_dir, usable, cache)
     took = time.monotonic() - started
@@ -151,11 +159,10 @@ def _gold_problems(args, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # rewards stands above data in the house; only this program, asked to, reaches up for its checker.
     check_gold = importlib.import_module("rewards").check_gold
     failed = Path(args.cache_dir, f".gold-{os.getpid()}.jsonl")
-    names = json.loads(args.field_names) if args.field_names else None
     try:
         load(
             args.data, media_dir=args.media_dir, check_gold=check_gold, on_bad_sample="skip", failed_file=str(failed),
-            field_names=names,
+            field_names=parse_field_names(args.field_names),
         )  # fmt: skip
     except ValueError:
         if not failed.exists():  # otherwise every row is bad, and the list says why
@@ -163,7 +170,7 @@ def _gold_problems(args, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not failed.exists():
         return []
     seen = {(problem["file"], problem["line"]) for problem in known}
-    found = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
+    found = read_failed(str(failed))
     failed.unlink()
     # Missing and empty files come again from the media jobs, under their own reason.
     return [row for row in found if (row["file"], row["line"]) not in seen and not row["path"]]
@@ -186,26 +193,21 @@ def _default_failed_file(args) -> str:
 
 def _write_failed(path: str, problems: list[dict[str, Any]], files: set[str]) -> None:
     """The problems of this run replace those the list has of the same data files; an empty list is no file."""
-    kept = [record for record in _read_failed(path) if record["file"] not in files]
+    kept = [record for record in read_failed(path) if record["file"] not in files]
     new = [{"schema_version": 1, **problem} for problem in problems]
     _replace_failed(path, sorted(kept + new, key=lambda record: (record["file"], record["line"])))
 
 
 def _forget_failures(cache_dir: str, usable: list[Media], cache: FrameCache) -> None:
     """Media that worked this time leave every list of failures, those of other shards and data files included."""
-    lists = {path: records for path in Path(cache_dir).glob("failed*.jsonl") if (records := _read_failed(str(path)))}
-    names = {record["path"] for records in lists.values() for record in records}
-    keys = {failure_key(cache.identity(media), media) for media in usable if media_name(media) in names}
+    lists = {path: records for path in Path(cache_dir).glob("failed*.jsonl") if (records := read_failed(str(path)))}
+    names = {os.path.basename(record["path"]) for records in lists.values() for record in records}
+    cured = [media for media in usable if os.path.basename(media_name(media)) in names]
+    keys = {failure_key(cache.identity(media), media) for media in cured}
     for path, records in lists.items():
         left = [record for record in records if record.get("media_key") not in keys]
         if len(left) < len(records):
             _replace_failed(str(path), left)
-
-
-def _read_failed(path: str) -> list[dict[str, Any]]:
-    if not os.path.exists(path):
-        return []
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def _replace_failed(path: str, records: list[dict[str, Any]]) -> None:
@@ -330,6 +332,8 @@ def prune(cache_dir: str, yes: bool) -> int:
             source = entry.header["source"]
             if "size" not in source:
                 continue  # bytes or a list of frames: no single file to compare with
+            if not os.path.isabs(source["name"]):
+                continue  # an older file, whose name counts from a folder nobody knows
             if not os.path.exists(source["name"]):
                 doomed[path] = f"source {source['name']} is gone"
             elif source_identity(Media("video", path=source["name"]), source["identity"] == "full") != source["id"]:
@@ -407,6 +411,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.data or args.list or args.stats or args.verify or args.prune):
         parser.error("give --data FILE ..., or one of --list --stats --verify --prune")
+    if args.data and (args.list or args.stats or args.verify or args.prune):
+        parser.error("--list, --stats, --verify and --prune look after a cache: give them without --data")
+    if args.yes and not args.prune:
+        parser.error("--yes belongs to --prune")
     if not args.data and not os.path.isdir(args.cache_dir):
         parser.error(f"--cache_dir {args.cache_dir} does not exist")
     if args.workers < 1 or not args.timeout_s > 0:
@@ -415,7 +423,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def video_settings(args: argparse.Namespace) -> VideoSettings:
-    factor = args.factor or (model_factor(args.model) if args.model else 32)
+    factor = args.factor
+    if factor is None:
+        factor = model_factor(args.model) if args.model else 32
     return VideoSettings(
         fps=args.fps, min_frames=args.min_frames, max_frames=args.max_frames, min_pixels=args.video_min_pixels,
         max_pixels=args.video_max_pixels, total_pixels=args.total_pixels, factor=factor, resize=args.resize,
@@ -437,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
             if asked:
                 status = max(status, action(args.cache_dir))
         return max(status, prune(args.cache_dir, args.yes)) if args.prune else status
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -78,13 +78,26 @@ def read_rows(file: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         yield from _read_hub(file)
     else:
         suffix = Path(file).suffix.lower()
+        if os.path.isfile(file):
+            with open(file, "rb") as start:
+                if start.read(2) == b"\x1f\x8b":
+                    raise ValueError(f"{file}: is compressed; unpack it first (gunzip)")
         if suffix not in READERS:
             raise ValueError(f"{file}: unknown kind of data file; known: {', '.join(SUFFIXES)} or a dataset folder")
         yield from READERS[suffix](file)
 
 
-def _object(value: Any) -> dict[str, Any] | BadRow:
-    return value if isinstance(value, dict) else BadRow("the row is not a JSON object", "write {...} per row")
+def _object(value: Any, escaped: bool = False) -> dict[str, Any] | BadRow:
+    """`escaped`: the text held \\ud..., which may be half a character: no path, no tokenizer and no report takes it."""
+    if not isinstance(value, dict):
+        return BadRow("the row is not a JSON object", "write {...} per row")
+    for name, item in value.items() if escaped else ():
+        try:
+            json.dumps([name, item], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            field = name.encode("ascii", "backslashreplace").decode()
+            return BadRow(f"{field}: holds half a UTF-16 pair (\\ud...)", "write the whole character")
+    return value
 
 
 def _not_a_number(name: str):
@@ -101,7 +114,10 @@ def _read_jsonl(file: str):
             if not line.strip():
                 continue
             try:
-                yield number, _object(json.loads(line.decode("utf-8"), parse_constant=_not_a_number))
+                yield (
+                    number,
+                    _object(json.loads(line.decode("utf-8"), parse_constant=_not_a_number), rb"\ud" in line.lower()),
+                )
             except (ValueError, RecursionError) as error:
                 yield number, BadRow(f"the line is not JSON ({error})", "correct the line; one object per line")
 
@@ -114,6 +130,7 @@ def _read_json(file: str):
         raise ValueError(f"{file}: is not UTF-8 ({error}); convert it") from None
     decoder = json.JSONDecoder(parse_constant=_not_a_number)
     start = len(text) - len(text.lstrip())
+    escaped = r"\ud" in text.lower()
     if text[start : start + 1] == "{":
         try:
             whole = decoder.decode(text)
@@ -126,7 +143,7 @@ def _read_json(file: str):
         if len(lists) != 1:
             raise ValueError(f"{file}: holds one object; a list of rows is needed")
         for number, row in enumerate(lists[0], start=1):
-            yield number, _object(row)
+            yield number, _object(row, escaped)
         return
     if text[start : start + 1] != "[":
         raise ValueError(f"{file}: is not a JSON list of rows")
@@ -143,16 +160,25 @@ def _read_json(file: str):
         except (ValueError, RecursionError) as error:
             yield line, BadRow(f"not JSON from here on ({error})", "correct the file; the rows after it were not read")
             return
-        yield line, _object(row)
+        yield line, _object(row, escaped)
 
 
 def _read_csv(file: str):
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.lower().endswith(".tsv") else ",")
-        before = 1
-        for row in reader:
-            yield before + 1, {name: value for name, value in row.items() if name and value not in (None, "")}
-            before = reader.line_num
+    csv.field_size_limit(2**31 - 1)  # an image in base64 is longer than the usual 131072
+    before = 1
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if file.lower().endswith(".tsv") else ",")
+            for row in reader:
+                if None in row:
+                    yield before + 1, BadRow("more fields than the header", "quote the field that holds a comma")
+                else:
+                    yield before + 1, {name: value for name, value in row.items() if name and value not in (None, "")}
+                before = reader.line_num
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 ({error}); convert it") from None
+    except csv.Error as error:
+        raise ValueError(f"{file}:{before + 1}: is not CSV ({error})") from None
 
 
 def _read_parquet(file: str):
@@ -339,4 +365,6 @@ def _full_path(path: str, media_dir: str | None, name: str) -> str:
     path = path.removeprefix("file://")
     if "://" in path:
         raise BadRow(f"{name}: {path} is not a local file", "download it and give its path", path)
+    if "\0" in path:
+        raise BadRow(f"{name}: {path!r} holds a NUL byte", "correct the path")
     return path if os.path.isabs(path) or media_dir is None else os.path.join(media_dir, path)

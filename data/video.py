@@ -58,6 +58,8 @@ class VideoSettings:
     def __post_init__(self):
         if not self.fps > 0:
             raise ValueError(f"--fps must be > 0, got {self.fps}")
+        if self.factor < 1:
+            raise ValueError(f"--factor must be patch size * merge size of the model (28 or 32), got {self.factor}")
         if self.max_frames < max(self.min_frames, self.temporal_patch):
             raise ValueError(
                 f"--max_frames {self.max_frames} is below --min_frames {self.min_frames} or {self.temporal_patch}"

@@ -272,17 +272,24 @@ def line(name: str, result: dict[str, dict], target: str) -> str:
     )
 
 
-def memory_over_lengths(folder: str, lengths: list[float]) -> dict[str, float]:
-    """Name of a clip -> peak MB above the imports while MAX_FRAMES frames of it are preprocessed, whatever its length."""
+def memory_over_lengths(folder: str, lengths: list[float], repeats: int) -> dict[str, float]:
+    """Name of a clip -> peak MB above the imports while MAX_FRAMES frames of it are preprocessed, whatever its length.
+
+    Medians of rounds over all lengths: one process differs from the next by 4 MB, as it happens to touch more or fewer
+    pages of its libraries.
+    """
     base = os.path.join(folder, "base-memory.mp4")
     make_base(base, *KINDS["b_frames_g250"], *MEMORY_SIZE)
-    peaks = {}
-    for seconds in lengths:
-        clip = os.path.join(folder, f"memory-{seconds:g}s.mp4")
+    clips = {f"{seconds:g} s": os.path.join(folder, f"memory-{seconds:g}s.mp4") for seconds in lengths}
+    for seconds, clip in zip(lengths, clips.values()):
         repeat_clip(base, clip, seconds)
-        peaks[f"{seconds:g} s"] = run_child("always_128", clip, folder)["peak_mb"]
+    peaks: dict[str, list[float]] = {name: [] for name in clips}
+    for _ in range(repeats):
+        for name, clip in clips.items():
+            peaks[name].append(run_child("always_128", clip, folder)["peak_mb"])
+    for clip in clips.values():
         os.unlink(clip)
-    return peaks
+    return {name: statistics.median(measured) for name, measured in peaks.items()}
 
 
 def scaling(clips: list[str], folder: str) -> str:
@@ -353,7 +360,7 @@ def main() -> int:
             for clip in real_clips():
                 everything[Path(clip).stem] = result = bench(clip, folder, args.repeats)
                 print(line(Path(clip).stem, result, " (no target)"), flush=True)
-        peaks = memory_over_lengths(folder, args.memory_seconds)
+        peaks = memory_over_lengths(folder, args.memory_seconds, args.repeats)
         if peaks:
             everything["memory_mb"] = peaks
             shown = ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())

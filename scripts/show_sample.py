@@ -17,7 +17,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data.dataset import BadDataset, load
+from data.dataset import load, parse_field_names
 from data.frame_cache import FrameCache
 from data.prompts import render_preview
 from data.records import Sample
@@ -88,9 +88,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--row", type=int, default=0, help="which usable row, counted from 0")
     add("--out", default="sample.png", help="picture to write")
     add("--media_dir", default=None, help="folder that relative media paths start from (default: the file's)")
+    add("--field_names", default=None, help='JSON object, our field -> the file\'s, e.g. \'{"videos": "clip"}\'')
     add("--model", default=None, help="model folder: its prompt, its frame sizes, token counts")
-    add("--style", default="think", choices=("think", "direct"), help="prompt style")
+    add("--style", default="think", choices=("think", "direct", "open"), help="prompt style")
     add("--prompt_template", default=None, help="Jinja file instead of the built-in prompts")
+    add("--chat_template", default=None, help="Jinja file instead of the model's own; with --model")
     add("--fps", type=float, default=2.0, help="frames per second taken from a video")
     add("--min_frames", type=int, default=4, help="fewest frames of a video")
     add("--max_frames", type=int, default=128, help="most frames of a video")
@@ -109,7 +111,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        samples = load([args.file], media_dir=args.media_dir, on_bad_sample="skip")
+        if args.chat_template and not args.model:
+            raise ValueError("--chat_template needs --model")
+        if args.model and not os.path.isdir(args.model):
+            raise ValueError(f"--model {args.model} is no folder; give the model's folder")
+        if not os.path.isdir(os.path.dirname(args.out) or "."):
+            raise ValueError(f"--out {args.out}: its folder does not exist")
+        names = parse_field_names(args.field_names)
+        samples = load([args.file], media_dir=args.media_dir, on_bad_sample="skip", field_names=names)
         if not 0 <= args.row < len(samples):
             raise ValueError(f"--row {args.row}: {args.file} has usable rows 0 to {len(samples) - 1}")
         sample = samples[args.row]
@@ -123,7 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.model:
             from data.encode import Encoder
 
-            encoder = Encoder(args.model, budget, image, cache, style=args.style, prompt_template=args.prompt_template)
+            encoder = Encoder(
+                args.model, budget, image, cache, args.style, args.prompt_template, chat_template=args.chat_template
+            )
             prompt = encoder.encode(sample)
             video_settings, image_settings, text = encoder.video, encoder.image, prompt.text
             visual = int((prompt.mm_type_ids > 0).sum())
@@ -133,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             text = render_preview(sample, args.style, args.prompt_template)
             tokens = "tokens: give --model"
         sections = pictures(sample, cache, video_settings, image_settings)
-    except (BadDataset, ValueError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = (
@@ -141,7 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     cells = sum(len(cells) for _, cells in sections)
     sheet = contact_sheet(sections, f"{facts}\n{tokens}\n\n{text}")
-    sheet.save(args.out)
+    try:
+        sheet.save(args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: --out {args.out}: cannot be written ({error}); name a .png", file=sys.stderr)
+        return 2
     for title, _ in sections:
         print(title)
     print(f"{facts}\n{tokens}\n\n{text}\n")

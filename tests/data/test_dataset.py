@@ -107,6 +107,9 @@ BAD = [
     ({**ROW, "videos": ["a.mp4"], "video_start": 5, "video_end": 4}, r"\[5.0, 4.0\) is empty", ""),
     ({**ROW, "videos": [3]}, "videos: int is not a medium", ""),
     ({**ROW, "images": ["data:image/png;base64,%%"]}, "not valid base64", ""),
+    ({**ROW, "videos": ["a\0.mp4"]}, r"videos: '.*a\\x00.mp4' holds a NUL byte", ""),
+    ({**ROW, "videos": ["a\ud800.mp4"]}, "videos: holds half a UTF-16 pair", ""),
+    ({**ROW, "note": [{"deep": "\udc00"}]}, "note: holds half a UTF-16 pair", ""),
 ]
 
 
@@ -173,6 +176,37 @@ def test_utf_16_is_one_message_not_one_per_line(folder):
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"wide\.jsonl: is UTF-16; convert it to UTF-8"):
         load([str(path)])
+
+
+def test_whole_characters_beyond_the_basic_plane_are_welcome(folder):
+    """U+1F600 escaped as its UTF-16 pair, U+2028 and U+0085 as they are, in lines and in a list."""
+    row = {**ROW, "problem": "\U0001f600\u2028\u0085?"}
+    lines = write(folder / "d.jsonl", [json.dumps(row), json.dumps(row, ensure_ascii=False)])
+    (folder / "d.json").write_text(json.dumps([row, {**row, "problem": "\ud83d"}]), encoding="utf-8")
+    assert [sample.question for sample in load([lines])] == ["\U0001f600\u2028\u0085?"] * 2
+    with pytest.raises(BadDataset, match="problem: holds half a UTF-16 pair") as caught:
+        load([str(folder / "d.json")])
+    assert len(caught.value.problems) == 1
+
+
+def test_compressed_and_damaged_tables_are_one_message(folder):
+    import gzip
+
+    for name in ("d.jsonl", "d.jsonl.gz"):
+        (folder / name).write_bytes(gzip.compress(json.dumps(ROW).encode()))
+        with pytest.raises(ValueError, match=rf"{name}: is compressed; unpack it first"):
+            load([str(folder / name)])
+    head = "problem,answer,problem_type,image\n"
+    (folder / "latin.csv").write_bytes(head.encode() + "caf\xe9,1,numerical,\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv: is not UTF-8"):
+        load([str(folder / "latin.csv")])
+    # An image of 150000 bytes is 200000 characters of base64, more than csv's own limit of 131072.
+    (folder / "big.csv").write_text(
+        head + "x,1,numerical," + base64.b64encode(b"i" * 150_000).decode() + "\ny,2,a,b,c\n"
+    )
+    with pytest.warns(UserWarning, match=r"big\.csv:3: more fields than the header"):
+        (sample,) = load([str(folder / "big.csv")], on_bad_sample="skip")
+    assert sample.media == (Media("image", data=b"i" * 150_000),)
 
 
 def test_json_lists_know_their_lines(folder):
@@ -363,6 +397,11 @@ def test_curriculum_sorts_each_epoch():
         assert [sample.id for sample in taken[:9]] != [sample.id for sample in taken[9:]]  # equals are shuffled anew
     with pytest.raises(ValueError, match="--curriculum speed: f:0 has None"):
         SampleOrder(rows, 5, curriculum="speed")
+    texts = samples(3, level=lambda i: ["10", "9.5", "-1"][i])  # as CSV has them: by number, not by letter
+    assert [s.extra["level"] for s in SampleOrder(texts, 5, curriculum="level").take(0, 3)[0]] == ["-1", "9.5", "10"]
+    for bad in (float("nan"), True, "easy"):
+        with pytest.raises(ValueError, match="--curriculum level: f:1 has"):
+            SampleOrder(samples(3, level=[0, bad, 2].__getitem__), 5, curriculum="level")
 
 
 def test_report_counts():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -251,6 +252,62 @@ def test_care_of_the_cache(tmp_path, capsys):
     assert cache_files(str(cache_dir)) == [cache.path(Media("video", path=paths[2]), SETTINGS)]
 
 
+def test_prune_and_failures_do_not_depend_on_the_current_folder(tmp_path, monkeypatch, capsys):
+    """Preprocessed as `--data d.jsonl` in the data's folder, looked after and trained on from another one."""
+    clips(tmp_path, 2)
+    write(tmp_path / "d.jsonl", [{"videos": [name]} for name in ("0.mp4", "1.mp4", "bad.mp4")])
+    (tmp_path / "bad.mp4").write_bytes(b"garbage")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert preprocess.main(["--data", "d.jsonl", "--cache_dir", "cache", *FLAGS]) == 1
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert preprocess.main(["--cache_dir", "../cache", "--prune", "--yes"]) == 0
+    assert len(cache_files("../cache")) == 2
+    bad = Media("video", path=str(tmp_path / "bad.mp4"))
+    assert "cannot be opened as a video" in str(FrameCache("../cache").known_failure(bad))
+    os.unlink(tmp_path / "0.mp4")
+    assert preprocess.main(["--cache_dir", "../cache", "--prune", "--yes"]) == 0
+    assert [read_entry(path).header["source"]["name"] for path in cache_files("../cache")] == [str(tmp_path / "1.mp4")]
+
+
+def test_names_with_line_separators_do_not_poison_the_cache(tmp_path):
+    """U+2028 and U+0085 are line ends to str.splitlines, not to JSON lines: the list must be read back, by all."""
+    names = ["a\u2028b.mp4", "a\u0085b.mp4"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"garbage")
+    file = write(tmp_path / "d.jsonl", [{"videos": [name], "id": "\u2028"} for name in names])
+    command = ["--data", file, "--cache_dir", str(tmp_path / "cache"), *FLAGS]
+    assert preprocess.main(command) == 1 and preprocess.main(command) == 1
+    cache = FrameCache(str(tmp_path / "cache"))
+    assert all(cache.known_failure(Media("video", path=str(tmp_path / name))) for name in names)
+    with open(tmp_path / "cache" / "failed.jsonl", "a") as out:
+        out.write('{"file": "x"}\n')
+    with pytest.raises(ValueError, match=r"failed\.jsonl:3: is no record of a failure"):
+        FrameCache(str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--field_names", "clip"], "--field_names clip: is not JSON"),
+        (["--field_names", "[1]"], r"--field_names \[1\]: must be an object of names"),
+        (["--field_names", '{"vidoe": "clip"}'], "--field_names vidoe: no such field"),
+        (["--media_dir", "nowhere"], "--media_dir nowhere does not exist"),
+        (["--cache_dir", "d.jsonl"], r"--cache_dir d.jsonl: cannot be made \(File exists\)"),
+        (["--failed_file", "d.jsonl/f.jsonl"], r"--failed_file d.jsonl: cannot be made"),
+        (["--factor", "0"], "--factor must be patch size"),
+        (["--data", "empty.jsonl"], "--data empty.jsonl: holds no row"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", [{"problem": "q"}])
+    (tmp_path / "empty.jsonl").touch()
+    assert preprocess.main(["--data", "d.jsonl", "--cache_dir", "cache", *flags]) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{words}", said) and said.count("\n") == 1
+
+
 def test_gold_is_checked_on_request(tmp_path):
     if not hasattr(pytest.importorskip("rewards"), "check_gold"):
         pytest.skip("rewards has no gold checker yet")
@@ -267,7 +324,11 @@ def test_gold_is_checked_on_request(tmp_path):
     assert (failed["id"], failed["line"]) == ("5", 1) and "answer" in failed["reason"]
 
 
-@pytest.mark.parametrize("flags", [["--shard", "3/3"], [], ["--stats"], ["--data", "x", "--workers", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--shard", "3/3"], [], ["--stats"], ["--data", "x", "--workers", "0"], ["--data", "x", "--verify"],
+     ["--data", "x", "--yes"]],
+)  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, flags):
     with pytest.raises(SystemExit):
         preprocess.parse_args(["--cache_dir", str(tmp_path / "none"), *flags])

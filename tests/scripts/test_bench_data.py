@@ -35,6 +35,16 @@ def test_clips_of_any_length_are_regular(program, tmp_path):
         assert reordered == name.startswith("b_frames")
 
 
+def test_memory_is_the_median_of_rounds_over_all_lengths(program, tmp_path, monkeypatch):
+    """Rounds go over 10 s, then 20 s: (9, 5), (1, 8), (4, 6) MB have the medians 4 and 6."""
+    figures = iter([9.0, 5.0, 1.0, 8.0, 4.0, 6.0])
+    monkeypatch.setattr(program, "make_base", lambda *_: None)
+    monkeypatch.setattr(program, "repeat_clip", lambda base, clip, seconds: Path(clip).touch())
+    monkeypatch.setattr(program, "run_child", lambda job, clip, folder: {"peak_mb": next(figures)})
+    assert program.memory_over_lengths(str(tmp_path), [10, 20], 3) == {"10 s": 4.0, "20 s": 6.0}
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_short_run(tmp_path):
     out = tmp_path / "bench.json"

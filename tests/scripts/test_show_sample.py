@@ -64,3 +64,26 @@ def test_text_alone_and_a_row_that_is_not_there(program, data, capsys):
     assert "0 pictures" in capsys.readouterr().out and (data / "t.png").exists()
     assert program.main([str(data / "d.jsonl"), "--row", "2"]) == 2
     assert "--row 2: " in (error := capsys.readouterr().err) and "usable rows 0 to 1" in error
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--out", "nowhere/s.png"], "--out nowhere/s.png: its folder does not exist"),
+        (["--out", "s.xyz"], "--out s.xyz: cannot be written"),
+        (["--model", "nowhere"], "--model nowhere is no folder"),
+        (["--chat_template", "t.jinja"], "--chat_template needs --model"),
+        (["--field_names", "{"], "--field_names {: is not JSON"),
+    ],
+)
+def test_mistakes_are_errors_with_a_name(program, data, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(data)
+    assert program.main(["d.jsonl", *flags]) == 2
+    assert words in capsys.readouterr().err and not list(data.glob("s.*"))
+
+
+def test_field_names(program, data, capsys):
+    (data / "other.jsonl").write_text(json.dumps({"q": "17 * 3?", "answer": "51", "problem_type": "math"}) + "\n")
+    flags = ["--out", str(data / "s.png"), "--field_names", '{"problem": "q"}', "--style", "open"]
+    assert program.main([str(data / "other.jsonl"), *flags]) == 0
+    assert "17 * 3?" in capsys.readouterr().out
