@@ -109,7 +109,7 @@ class Judge:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         if self.cache and Path(self.cache).is_file():
-            for line in Path(self.cache).read_text(encoding="utf-8").splitlines():
+            for line in Path(self.cache).read_text(encoding="utf-8").split("\n"):  # splitlines() would cut at U+2028
                 try:
                     row = json.loads(line)
                     self._known[row["key"]] = row["reply"]
