@@ -249,6 +249,37 @@ def load_benchmark(
     return samples
 
 
+def keyed_entries(file: Path, hint: str) -> list[tuple[str, Any]]:
+    """(key, value) of a release file that is one JSON object. Raises AnnotationError, with the hint, if it is missing."""
+    if not file.is_file():
+        raise AnnotationError(f"{file} is missing. {hint}")
+    return [(key, value) for key, value in read_rows(file)[0].items() if key != "_line"]
+
+
+def subtitle_folder(data_dir: str, names: tuple[str, ...], what: str) -> Path:
+    """The first of these folders under data_dir that exists. Raises AnnotationError naming them all."""
+    folders = [Path(data_dir) / name for name in names]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise AnnotationError(f"--subtitles: none of {', '.join(map(str, folders))} exists{what}")
+    return folder
+
+
+def put_srt_before(samples: list[Sample], folder: Path, stem_of: Callable[[Sample], str]) -> None:
+    """Puts the spoken lines of folder/<stem>.srt before each question; a video without speech has no file."""
+    for sample in samples:
+        file = folder / f"{stem_of(sample)}.srt"
+        if file.is_file():
+            text = subtitle_text(file.read_text(encoding="utf-8", errors="replace"))
+            sample.extra["before"] = f"The video's subtitles:\n{text}"
+
+
+def subtitle_text(srt: str) -> str:
+    """The spoken lines of an .srt file, without numbers, times and markup."""
+    lines = [re.sub(r"<[^>]+>", "", line).strip() for line in srt.splitlines()]
+    return "\n".join(line for line in lines if line and not line.isdigit() and "-->" not in line)
+
+
 def release_rows(
     official: Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]]],
     row: dict[str, Any],

@@ -18,7 +18,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, choice_row, load_benchmark
+from evaluate._annotations import choice_row, load_benchmark, subtitle_folder
 from evaluate._run import main
 from evaluate._scoring import Benchmark
 from evaluate._wording import CHOICE_PROMPTS
@@ -57,10 +57,7 @@ def subtitle_lines(file: Path, shift_s: float, duration_s: float = float("inf"))
 def load(args: Namespace) -> list[Sample]:
     samples = load_benchmark(args, NAMES, hint=HINT, source="LongVideoBench", official=official_row)
     if args.subtitles:
-        folders = [Path(args.data_dir) / name for name in ("LongVideoBench/subtitles", "subtitles")]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            raise AnnotationError(f"--subtitles: none of {', '.join(map(str, folders))} exists")
+        folder = subtitle_folder(args.data_dir, ("LongVideoBench/subtitles", "subtitles"), "")
         for sample in samples:
             name = sample.extra.get("subtitle_path") or f"{Path(sample.media[0].path).stem}_en.json"
             if (folder / name).is_file():

@@ -21,8 +21,8 @@ from data.records import Sample
 from evaluate._annotations import (
     AnnotationError,
     choice_row,
+    keyed_entries,
     load_benchmark,
-    read_rows,
     release_rows,
     split_lettered,
     video_sample,
@@ -61,11 +61,7 @@ def load(args: Namespace) -> list[Sample]:
         samples = []
         for task in TASKS:
             file = folder / f"{task}.json"
-            if not file.is_file():
-                raise AnnotationError(f"{file} is missing. {HINT}")
-            for video, dimensions in read_rows(file)[0].items():
-                if video == "_line":
-                    continue
+            for video, dimensions in keyed_entries(file, HINT):
 
                 def rows_of(dimensions: dict, task: str = task, video: str = video) -> list[dict]:
                     return [

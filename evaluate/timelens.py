@@ -20,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
 from evaluate import charades_sta, custom
-from evaluate._annotations import AnnotationError, read_rows, release_rows, video_sample
+from evaluate._annotations import AnnotationError, keyed_entries, release_rows, video_sample
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, recalls
@@ -56,8 +56,8 @@ def load(args: Namespace) -> list[Sample]:
     for part, source in PARTS.items():
         files = [folder / f"{part}-timelens.json" for folder in folders]
         file = next((file for file in files if file.is_file()), None)
-        for video, row in read_rows(file)[0].items() if file else ():
-            for item in release_rows(official_rows, row, f"{file}:{video}", HINT) if video != "_line" else ():
+        for video, row in keyed_entries(file, HINT) if file else ():
+            for item in release_rows(official_rows, row, f"{file}:{video}", HINT):
                 item = {**item, "path": f"videos/{part}/{video}.mp4"}
                 name = f"{part}/{video}/{item.pop('place')}"
                 samples.append(video_sample(item, file, source=source, sample_id=name))

@@ -21,12 +21,11 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, field_of, load_benchmark
+from evaluate._annotations import field_of, load_benchmark, put_srt_before, subtitle_folder
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, chance, label_of, table
 from evaluate._wording import CHOICE_PROMPTS
-from evaluate.videomme import subtitle_text
 
 HINT = "The questions are in the dataset repository MBZUAI/VideoMathQA."
 NAMES = ("videomathqa.jsonl", "videomathqa.json")
@@ -54,15 +53,8 @@ def load(args: Namespace) -> list[Sample]:
         mixed = args.split == "both" and args.protocol == "official"
         sample.extra["outside_primary"] = mixed and sample.extra["split"] == "mbin"
     if args.subtitles:
-        folders = [Path(args.data_dir) / name for name in ("VideoMathQA/subtitles", "subtitles")]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            raise AnnotationError(f"--subtitles: none of {', '.join(map(str, folders))} exists (.srt files)")
-        for sample in samples:
-            file = folder / f"{Path(sample.media[0].path).stem}.srt"
-            if file.is_file():
-                text = subtitle_text(file.read_text(encoding="utf-8", errors="replace"))
-                sample.extra["before"] = f"The video's subtitles:\n{text}"
+        folder = subtitle_folder(args.data_dir, ("VideoMathQA/subtitles", "subtitles"), " (.srt files)")
+        put_srt_before(samples, folder, lambda sample: Path(sample.media[0].path).stem)
     return [sample for sample in samples if args.split in ("both", sample.extra["split"])]
 
 

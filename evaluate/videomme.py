@@ -7,7 +7,6 @@ question_id, task_type, question, options, answer). Videos: videos/<videoID>.mp4
 Official: one letter; overall and by duration, without and with subtitles.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if __name__ == "__main__":
 from argparse import ArgumentParser, Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, field_of, load_benchmark
+from evaluate._annotations import field_of, load_benchmark, put_srt_before, subtitle_folder
 from evaluate._bootstrap import Resampler
 from evaluate._run import main
 from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
@@ -49,25 +48,11 @@ def load(args: Namespace) -> list[Sample]:
         official=official_row,
         sample_id=lambda row: row.get("question_id", ""),
     )
-    if args.subtitles:
-        folders = [Path(args.data_dir) / name for name in ("Video-MME/subtitle", "subtitle", "subtitles")]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            raise AnnotationError(
-                f"--subtitles: none of {', '.join(map(str, folders))} exists (the release's .srt files)"
-            )
-        for sample in samples:
-            file = folder / f"{field_of(sample, 'videoID')}.srt"
-            if file.is_file():  # about a sixth of the videos have no speech and no file
-                text = subtitle_text(file.read_text(encoding="utf-8", errors="replace"))
-                sample.extra["before"] = f"The video's subtitles:\n{text}"
+    if args.subtitles:  # about a sixth of the videos have no speech and no file
+        names = ("Video-MME/subtitle", "subtitle", "subtitles")
+        folder = subtitle_folder(args.data_dir, names, " (the release's .srt files)")
+        put_srt_before(samples, folder, lambda sample: field_of(sample, "videoID"))
     return samples
-
-
-def subtitle_text(srt: str) -> str:
-    """The spoken lines of an .srt file, without numbers, times and markup."""
-    lines = [re.sub(r"<[^>]+>", "", line).strip() for line in srt.splitlines()]
-    return "\n".join(line for line in lines if line and not line.isdigit() and "-->" not in line)
 
 
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:

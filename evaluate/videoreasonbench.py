@@ -19,7 +19,7 @@ import re
 from argparse import Namespace
 
 from data.records import Sample
-from evaluate._annotations import AnnotationError, load_benchmark, read_rows, release_rows, video_sample
+from evaluate._annotations import AnnotationError, keyed_entries, load_benchmark, release_rows, video_sample
 from evaluate._run import main
 from evaluate._scoring import Benchmark, plain_score
 
@@ -39,11 +39,7 @@ def release_samples(folder: Path) -> list[Sample]:
     samples = []
     for name in DEMONSTRATIONS:
         file = folder / f"{name}.json"
-        if not file.is_file():
-            raise AnnotationError(f"{file} is missing. {HINT}")
-        for key, row in read_rows(file)[0].items():
-            if key == "_line":
-                continue
+        for key, row in keyed_entries(file, HINT):
             made = release_rows(official_row, row, f"{file}:{key}", HINT)[0]
             samples.append(video_sample(made, file, source="VideoReasonBench", sample_id=f"{name}/{key}"))
     return samples

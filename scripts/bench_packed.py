@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 from data.records import Group, Prompt, Response, Sample
+from scripts.bench_results import kernel_table
 from train import group_attention
 from train.flops import bf16_peak_flops, group_flops, read_shape
 from train.group_attention import PACKED, choose_attention, pack
@@ -298,8 +299,7 @@ def longest_kernels(run, hf, device) -> str:
         run()
         if cuda:
             torch.cuda.synchronize()
-    order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+    return kernel_table(profiler, cuda, rows=40)
 
 
 def run_zero3(args, config, device, dtype, group, flops: float) -> None:

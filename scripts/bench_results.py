@@ -87,6 +87,12 @@ def training_arguments(flags: Namespace, model_dir: str, ranks: int) -> Namespac
     return parse_args(given + flags.train_args.split())
 
 
+def kernel_table(profiler, cuda: bool, rows: int = 25) -> str:
+    """torch.profiler's table, longest kernels first (on a CPU: operators)."""
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=70)
+
+
 def response_lengths(spec: str, prompts: int, group_size: int, cap: int, seed: list[int]) -> list[list[int]]:
     """prompts x group_size lengths. "400": exactly that; "lognormal:MEDIAN:P95": log-normal, cut to 1..cap."""
     kind, _, rest = spec.partition(":")

@@ -63,6 +63,7 @@ from scripts.bench_models import (
 )
 from scripts.bench_results import (
     host_facts,
+    kernel_table,
     open_results,
     parse_flags,
     print_table,
@@ -510,8 +511,7 @@ def profile_updates(bench: Bench, results: dict) -> None:
         if record is None:  # the variant's own steps are measured
             results["notes"][f"profile of {name}"] = results["failed"].pop(name)
             continue
-        order = "self_device_time_total" if cuda else "self_cpu_time_total"
-        results["profile"][name] = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
+        results["profile"][name] = kernel_table(profiler, cuda)
         say(f"update of {name}:\n{results['profile'][name]}")
         results["profile"][f"rollout of {name}"] = bench.rollout_calls
         say(f"rollout of {name}, Python's functions:\n{bench.rollout_calls}")
