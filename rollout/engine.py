@@ -17,6 +17,7 @@ import torch
 from data.encode import Encoder
 from data.records import Prompt, Response
 from rollout import vllm_access
+from rollout.vllm_inputs import EngineInputs
 from rollout.weight_sync import expected_names, sync_weights
 
 # Logit bias of an id that is never sampled. (Requests over HTTP clamp a bias at -100, which a sharp head can outweigh.)
@@ -130,6 +131,7 @@ class RolloutEngine:
         remove_shared_memory()  # of a run that was killed
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
+        self.inputs = EngineInputs(self.llm, encoder)
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._names = expected_names(encoder.config, trust_remote_code)  # emptied after the first sync
         self._asleep = {"weights": False, "kv_cache": False}
@@ -179,7 +181,7 @@ class RolloutEngine:
                 while waiting and vllm_access.unfinished_responses(self.llm) < self.max_num_seqs:
                     index, prompt, params = waiting.pop()
                     request_id = f"{self._calls}-{index}"
-                    vllm_access.add_request(self.llm, request_id, prompt.vllm_prompt, params)
+                    vllm_access.add_request(self.llm, request_id, self.inputs(prompt), params)
                     if limits[index]:
                         vllm_access.limit_responses(self.llm, request_id, limits[index])
                     running[request_id] = index

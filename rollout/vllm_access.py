@@ -86,7 +86,31 @@ def sampling_params(**arguments: Any):
 # The request loop.
 
 
+def render(llm, prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt of LLM.generate as the engine takes it: vLLM's processor has run over its media."""
+    (rendered,) = llm.llm_engine.renderer.render_cmpl([prompt])
+    return rendered
+
+
+def media_items(llm, values: dict[str, Any]):
+    """Outputs of a Hugging Face processor ({"pixel_values": (patches, values), "image_grid_thw": (n, 3), ...}) as vLLM's
+    items, one per medium."""
+    from transformers import BatchFeature
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+
+    processor, features = llm.llm_engine.renderer.get_mm_processor(), BatchFeature(values)
+    return MultiModalKwargsItems.from_hf_inputs(features, processor._get_mm_fields_config(features, {}))
+
+
+def placeholder(offset: int, length: int, is_embed: torch.Tensor | None):
+    """The place of one medium in the prompt's ids; is_embed (length,) bool marks the visual tokens among them."""
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    return PlaceholderRange(offset=offset, length=length, is_embed=is_embed)
+
+
 def add_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
+    """prompt: as for LLM.generate, or rendered."""
     llm.llm_engine.add_request(request_id, prompt, params)
 
 

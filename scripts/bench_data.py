@@ -125,8 +125,8 @@ def _load(job: str, media, settings, artifact: str, folder: str) -> dict:
     import xxhash
 
     from data.frame_cache import FrameCache
+    from data.normalise import normalise
     from data.positions import patchify
-    from train.vision import normalise
 
     cache = FrameCache(folder, "require")
     if job == "load_recipe":

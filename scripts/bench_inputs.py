@@ -104,7 +104,7 @@ def for_rollout(bench, variant: Variant, prompts: list) -> list:
         frames = frames.numpy() if wide else np.ascontiguousarray(frames.byte().numpy().transpose(0, 2, 3, 1))
         vllm_prompt = {key: value for key, value in prompt.vllm_prompt.items() if key != "multi_modal_uuids"}
         vllm_prompt["multi_modal_data"] = {"video": [(frames, metadata_of(prompt))]}
-        remade.append(replace(prompt, vllm_prompt=vllm_prompt))
+        remade.append(replace(prompt, vllm_prompt=vllm_prompt, patches=None))  # vLLM renders it
     return remade
 
 
@@ -126,7 +126,7 @@ def compare_inputs(bench, prompt, made: dict) -> None:
     """Raises RuntimeError unless the usual recipe and ours give equal ids and, but for rounding, equal pixels."""
     import torch
 
-    from train.vision import normalise, read_normalisation
+    from data.normalise import normalise, read_normalisation
 
     if made["input_ids"][0].tolist() != prompt.input_ids.tolist():
         raise RuntimeError(f"{prompt.sample.id}: the processor's ids differ from the encoder's")

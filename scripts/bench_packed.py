@@ -142,7 +142,7 @@ def packed_loss(model, group, backend: str, device, *, rows: bool, backward, tem
 
 def library_loss(hf, group, device) -> float:
     """The same by the library's forward alone, one response at a time."""
-    from train.vision import normalise
+    from data.normalise import normalise
 
     total, loss_sum = sum(len(response.token_ids) for response in group.responses), 0.0
     prompt = group.prompt

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.normalise import normalise
 from train.fused import fuse_elementwise
 from train.group_attention import PACKED, Packed
 from train.linear_attention import fork_linear_attention, has_linear_attention
 from train.sequence_parallel import join, share_features, take_slice
 from train.token_logprobs import output_layer_gives_logprobs
-from train.vision import VISION_VARLEN, normalise, patch_embedding_as_matmul, run_tower, smallest_grid
+from train.vision import VISION_VARLEN, patch_embedding_as_matmul, run_tower, smallest_grid
 
 
 def add_at_positions(hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ class PackedModel(nn.Module):
     """Wraps the model that DeepSpeed shards. One forward = one tower call, one decoder pass, one output-layer call.
 
     hf: AutoModelForImageTextToText of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint.
-    normalisation: (mean, std) per channel, see train.vision.read_normalisation.
+    normalisation: (mean, std) per channel, see data.normalise.read_normalisation.
     banned_ids: ids that are never sampled; their probability is zero here as it is in the sampler.
     value_head: build a critic (a value per response token) instead of log-probs; the output layer is dropped.
     fused: compile norms, rotations and gated products (train.fused).

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from data.records import Group
 from train.group_attention import choose_attention, pack
 from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
 from train.sequence_parallel import SequenceSet, check_model, sequence_set
-from train.vision import read_normalisation
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

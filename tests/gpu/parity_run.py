@@ -130,6 +130,7 @@ def main() -> None:
     seen["same_logprobs_gap"] = max(
         abs(x - y) for a, b in zip(start, again) if a[0] == b[0] for x, y in zip(a[1], b[1])
     )
+    seen["rendered_here"] = {" and ".join(kinds): equal for kinds, equal in engine.inputs.equal.items()}
     Path(out).write_text(json.dumps(seen))
     sys.stdout.flush()
     os._exit(0)  # threads of vLLM can hold an ordinary exit

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
 from train.fused import ROTATIONS
 from train.group_attention import pack
 from train.packed_model import PackedModel
-from train.vision import read_normalisation
 
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoVideoProcessor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data.encode import Encoder
 from data.records import Media, Sample
+from rollout import vllm_access
 from rollout.engine import PromptMismatch, RolloutEngine
 from rollout.weight_sync import WeightNamesError
 
@@ -121,6 +124,8 @@ def check_parity(tiny, media_folder, family, dtype, check, tied=False):
     disturb(model, 0.01)  # the second sync skips the check of names
     engine.sync((name, parameter.detach().clone()) for name, parameter in model.named_parameters())
     check(engine, model, encoder, prompts, 3)
+    # Each combination was rendered by vLLM once and ours was the same; all later prompts were ours.
+    assert engine.inputs.equal == {("video",): True, ("image",): True, ("image", "video"): True}
 
 
 def equal_in_fp32(engine, model, encoder, prompts, step):
@@ -260,9 +265,12 @@ def test_wrong_ids_and_bad_requests_are_refused(qwen3, media_folder):
     encoder, engine = qwen3
     prompt = encoder.encode(make_sample(media_folder, ("odd.mp4",)))
     prompt.input_ids[4] += 1
-    with pytest.raises(PromptMismatch, match=r"sample q0: .* at position 4"):
-        collect(engine, [prompt])
+    engine.inputs.equal.clear()  # as at a start: the first prompt of a kind is compared
+    with pytest.warns(UserWarning, match=r"rendered by vLLM, .* differs \(token ids\)"):
+        with pytest.raises(PromptMismatch, match=r"sample q0: .* at position 4"):
+            collect(engine, [prompt])
     prompt.input_ids[4] -= 1
+    engine.inputs.equal.clear()
     assert not engine.llm.llm_engine.has_unfinished_requests()
     with pytest.raises(ValueError, match="exceed the engine's length 1024"):
         collect(engine, [prompt], sampling={**SAMPLING, "max_tokens": 1000})
@@ -275,6 +283,37 @@ def test_wrong_ids_and_bad_requests_are_refused(qwen3, media_folder):
     engine.sleep()  # harmless on a CPU
     engine.wake()
     assert collect(engine, [prompt], n=1)[0]
+
+
+def test_prompts_are_rendered_here_once_that_is_known_to_be_equal(qwen3, media_folder, monkeypatch):
+    """Bytes or floats, as vLLM's own rendering has them; and vLLM's rendering for good where ours is another."""
+    encoder, engine = qwen3
+    rendered = []
+    render = vllm_access.render
+    monkeypatch.setattr(vllm_access, "render", lambda llm, prompt: rendered.append(1) or render(llm, prompt))
+    prompts = [encoder.encode(make_sample(media_folder, ("odd.mp4", "wide.mp4"), number)) for number in range(3)]
+    engine.inputs.equal.clear()
+    expected = collect(engine, prompts)
+    assert engine.inputs.equal == {("video",): True} and len(rendered) == 1
+
+    processor = AutoVideoProcessor.from_pretrained(engine.model_dir)
+    clips = [item[0] for item in prompts[0].vllm_prompt["multi_modal_data"]["video"]]
+    floats = processor(videos=clips, do_resize=False, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+    for dtype in (torch.float32, torch.bfloat16):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.inputs, "_dtype", dtype)
+            items = engine.inputs.make(prompts[0])["mm_kwargs"]["video"]
+        made = torch.cat([item["pixel_values_videos"].data for item in items])
+        assert made.dtype == dtype and torch.equal(made, floats.to(dtype))
+
+    late = [replace(p, timestamps=tuple(tuple(t + 0.5 for t in times) for times in p.timestamps)) for p in prompts]
+    engine.inputs.equal.clear()
+    with pytest.warns(UserWarning, match=r"rendered by vLLM, .* differs \(timestamps of a video\)"):
+        got = collect(engine, late)
+    assert engine.inputs.equal == {("video",): False} and len(rendered) == 2
+    for number in range(3):
+        assert [r.token_ids for r in got[number]] == [r.token_ids for r in expected[number]]
+    engine.inputs.equal.clear()
 
 
 def test_parameter_names_are_checked_at_the_first_sync(tiny):

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from tests.train.packed_cases import PromptMaker
 from train import distributed
 from train.batching import dummy_group
 from train.group_attention import pack
 from train.packed_model import PackedModel
 from train.sequence_parallel import sequence_set
-from train.vision import read_normalisation
 
 PACKS = {
     "video": [("video", [5, 9, 1], 1)],

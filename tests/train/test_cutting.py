@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from tests.tiny_models import tiny_model
 from tests.train.algorithm_cases import make_args
 from tests.train.packed_cases import PromptMaker, float64_throughout
 from train.group_attention import pack
 from train.losses import LOSS_REDUCTIONS, POLICY_LOSSES, loss_denominator, policy_objective
 from train.packed_model import PackedModel
-from train.vision import read_normalisation
 
 GROUPS = [("video", [5, 9, 3], 1), ("text", [4, 6, 1], 2), ("image", [3, 2, 8], 3), ("text", [1, 2, 3], 4),
           ("video", [7, 1, 2], 5)]  # fmt: skip

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
 from train.fused import ROTATIONS, fuse_elementwise, gated, rms_norm
 from train.group_attention import pack
 from train.packed_model import PackedModel
-from train.vision import read_normalisation
 
 
 def test_formulas_by_hand():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
@@ -26,7 +27,7 @@ from train.group_attention import (
 from train.packed_model import PackedModel
 from train.policy import buffers_to, checkpoint_activations
 from train.token_logprobs import chunked_logprobs
-from train.vision import normalise, patch_embedding_as_matmul, read_normalisation
+from train.vision import patch_embedding_as_matmul
 
 CPU = torch.device("cpu")
 PACKS = {

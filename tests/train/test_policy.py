@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from data.normalise import read_normalisation
 from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
@@ -24,7 +25,6 @@ from train.group_attention import pack
 from train.losses import loss_denominator, reduce_loss
 from train.packed_model import PackedModel
 from train.policy import deepspeed_config, merge_configs, part_of, resolve_dtype, trained_groups
-from train.vision import read_normalisation
 
 CPU = torch.device("cpu")
 PROGRAM = Path(__file__).with_name("policy_run.py")

@@ -1,0 +1,155 @@
+"""Prompts as vLLM's engine takes them, made of the ids and patches that the trainer has already.
+
+vLLM would run the Hugging Face processor over the frames of every prompt, between two decoding steps: resize checks, floats,
+patches again, half a second and more for a clip of 128 frames while the GPU waits. A Prompt holds the result as bytes. What
+is made of it here goes in where vLLM's own rendering does (`LLMEngine.add_request` takes a rendered prompt).
+
+Nothing is taken on trust: the first prompt with a new combination of media is rendered by vLLM too, and ours has to be the
+same bit for bit. Where it is not (another version, a processor of one's own), vLLM renders all prompts of that kind.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from data.encode import VIDEO, VISION_END, VISION_START, Encoder
+from data.normalise import normalise
+from data.records import Prompt
+from rollout import vllm_access
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+class EngineInputs:
+    """inputs(prompt) -> what add_request of this llm is given.
+
+    Rendered by vLLM: prompts without patches, and whatever failed the comparison. Texts have nothing to render but ids.
+    """
+
+    def __init__(self, llm, encoder: Encoder):
+        self.llm, self.encoder = llm, encoder
+        self.equal: dict[tuple[str, ...], bool] = {}  # kinds of media -> ours is vLLM's
+        self._dtype = torch.uint8  # of vLLM's pixel values: bytes where it normalises on the device
+
+    def __call__(self, prompt: Prompt) -> dict[str, Any]:
+        if not prompt.grid_kinds or prompt.patches is None:
+            return prompt.vllm_prompt
+        kinds = tuple(sorted(set(prompt.grid_kinds)))
+        if kinds not in self.equal:
+            theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
+            self._compare(kinds, prompt, theirs)
+            return theirs
+        return self.make(prompt) if self.equal[kinds] else prompt.vllm_prompt
+
+    def make(self, prompt: Prompt) -> dict[str, Any]:
+        """The rendered prompt: {type, prompt_token_ids, mm_kwargs, mm_hashes, mm_placeholders, prompt}."""
+        encoder, metadata = self.encoder, (prompt.vllm_prompt["multi_modal_data"].get("video") or [])
+        values: dict[str, Any] = {}
+        grids = torch.from_numpy(prompt.grid_thw)
+        kinds, sizes = prompt.grid_kinds, grids.prod(-1).tolist()
+        for kind in dict.fromkeys(kinds):
+            parts = [part for part, of in zip(torch.from_numpy(prompt.patches).split(sizes), kinds) if of == kind]
+            values[PIXELS[kind]] = self._pixels(parts[0] if len(parts) == 1 else torch.cat(parts))
+            values[GRIDS[kind]] = grids[[of == kind for of in kinds]]
+        if "video" in kinds:
+            if encoder.frames_stand_apart:
+                values["timestamps"] = [list(times) for times in prompt.timestamps]
+            elif encoder.family == "qwen2_5_vl":
+                values["second_per_grid_ts"] = torch.tensor(
+                    [encoder.temporal_patch / sampled_fps(about) for _, about in metadata]
+                )
+        return {
+            "type": "multimodal",
+            "prompt_token_ids": prompt.input_ids.tolist(),
+            "prompt": prompt.text,
+            "mm_kwargs": vllm_access.media_items(self.llm, values),
+            "mm_hashes": {kind: list(keys) for kind, keys in prompt.vllm_prompt["multi_modal_uuids"].items()},
+            "mm_placeholders": self._placeholders(prompt),
+        }
+
+    def _pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        if self._dtype == torch.uint8:
+            return patches
+        return normalise(patches, self.encoder.image_mean, self.encoder.image_std, dtype=self._dtype)
+
+    def _placeholders(self, prompt: Prompt) -> dict[str, list]:
+        """Where each medium's tokens stand. A video whose frames stand apart covers its times and inner markers, too."""
+        encoder, ids = self.encoder, torch.from_numpy(prompt.input_ids)
+        start_id, end_id, video_id = encoder.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END, VIDEO])
+        visual = torch.from_numpy(prompt.mm_type_ids).ne(0).nonzero()[:, 0].tolist()
+        starts = ids.eq(start_id).nonzero()[:, 0].tolist()
+        found: dict[str, list] = {}
+        place = 0
+        for kind, grid in zip(prompt.grid_kinds, prompt.grid_thw):
+            tokens = int(grid.prod()) // encoder.merge**2
+            first, last = visual[place], visual[place + tokens - 1]
+            place += tokens
+            mask = None
+            if kind == "video" and encoder.frames_stand_apart:
+                outer = [at for at in starts if at < first][-2:]  # the video's own marker, and its first frame's
+                first, last = (outer[0] if len(outer) == 2 else first) + 1, last + 1
+                mask = ids[first : last + 1].eq(video_id)
+                if int(ids[last]) != end_id:
+                    raise ValueError(f"sample {prompt.sample.id}: its last frame is not followed by {VISION_END}")
+            found.setdefault(kind, []).append(vllm_access.placeholder(first, last + 1 - first, mask))
+        return found
+
+    def _compare(self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any]) -> None:
+        """Learn from vLLM's own rendering of this prompt whether ours is the same, and say if it is not."""
+        pixels = next(iter(theirs["mm_kwargs"][kinds[0]]))[PIXELS[kinds[0]]].data
+        self._dtype = pixels.dtype
+        try:
+            why = difference(self.make(prompt), theirs)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+        self.equal[kinds] = why is None
+        if why:
+            warnings.warn(
+                f"prompts with {' and '.join(kinds)} are rendered by vLLM, which takes longer: ours differs ({why})",
+                stacklevel=2,
+            )
+
+
+def sampled_fps(metadata: dict[str, Any]) -> float:
+    """Frames per second of a sampled clip, as the Hugging Face processors have it."""
+    return len(metadata["frames_indices"]) / metadata["total_num_frames"] * metadata["fps"]
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """What two rendered prompts differ in, None if in nothing. The names by which caches know a medium may differ."""
+    if ours["prompt_token_ids"] != list(theirs["prompt_token_ids"]):
+        return "token ids"
+    for part in ("mm_kwargs", "mm_placeholders"):
+        if set(ours[part]) != set(theirs[part]):
+            return f"{part}: {sorted(ours[part])} instead of {sorted(theirs[part])}"
+        for kind in ours[part]:
+            if len(ours[part][kind]) != len(theirs[part][kind]):
+                return f"number of {kind} items in {part}"
+    for kind, places in ours["mm_placeholders"].items():
+        for mine, other in zip(places, theirs["mm_placeholders"][kind]):
+            same = (mine.offset, mine.length) == (other.offset, other.length)
+            if not same or not _same(mine.is_embed, other.is_embed):
+                return f"place of a {kind}: {mine.offset}+{mine.length} instead of {other.offset}+{other.length}"
+    for kind, items in ours["mm_kwargs"].items():
+        for mine, other in zip(items, theirs["mm_kwargs"][kind]):
+            if set(mine) != set(other):
+                return f"fields of a {kind}: {sorted(mine)} instead of {sorted(other)}"
+            for name in mine:
+                if not _same(mine[name].data, other[name].data):
+                    return f"{name} of a {kind}"
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)  # times in seconds; the model does not read them
+    return type(a) is type(b) and a == b
