@@ -128,9 +128,11 @@ def phase(bench: Bench, name: str):
 
 
 def longest_calls(calls: cProfile.Profile, count: int = 30) -> str:
-    """Python functions by the time spent in themselves: a rollout that waits for the GPU shows its waiting."""
+    """Python functions by the time spent in themselves (a rollout that waits for the GPU shows its waiting), and with what
+    they call."""
     text = io.StringIO()
-    pstats.Stats(calls, stream=text).sort_stats("tottime").print_stats(count)
+    for order in ("tottime", "cumtime"):
+        pstats.Stats(calls, stream=text).sort_stats(order).print_stats(count)
     return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
 
 
