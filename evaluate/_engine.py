@@ -57,7 +57,7 @@ class AsyncVllm:
 
     def __init__(self, model: str, **engine_args: Any):
         # Asking torch whether there is a GPU (evaluate._models.on_gpu) is enough to make CUDA unusable in a forked child.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineGenerateError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,3 +92,18 @@ def test_waking_from_level_2_clears_what_nothing_restores(monkeypatch):
     assert model.deepstack_input_embeds[0].sum() == 15.0
     del model.deepstack_input_embeds  # other families have none
     vllm_access.clear_deepstack(llm)
+
+
+def test_every_variable_of_vllm_that_is_named_here_is_one():
+    """A misspelt one does nothing at all, and is found only on the machine that needed it."""
+    from vllm import envs
+
+    from tests.test_doors import project_files
+
+    used = {
+        name
+        for path in project_files(".py", ".sh")
+        for name in re.findall(r"\bVLLM_[A-Z0-9_]+\b", path.read_text(encoding="utf-8"))
+    }
+    assert {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"} <= used
+    assert not used - set(envs.environment_variables)
