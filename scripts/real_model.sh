@@ -3,9 +3,10 @@
 #   GGUF="parts/SmolLM2-135M-Instruct.Q4_1.gguf.part-*" bash scripts/real_model.sh           every phase that is not done
 #   LIMIT_S=540 bash scripts/real_model.sh folder clips decode see tune                      these phases, each within 540 s
 #   SIZE=cpu GGUF=tiny.gguf bash scripts/real_model.sh                                       a few steps, to see that all runs
-# Phases: folder clips decode base see tune supervised rl table. One whose result is there is skipped. A training that does
-# not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
+# Phases: folder clips decode base see tune sees supervised rl table. One whose result is there is skipped. A training that
+# does not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
 # ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
+# RL_SECONDS=480: an RL run ends after this time, and its last checkpoint is the result.
 # RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
 # shellcheck disable=SC2086  # GGUF and RL_FLAGS are words
 set -euo pipefail
@@ -20,7 +21,7 @@ ALGORITHMS=${ALGORITHMS:-"grpo dapo"}
 RANKS=${RANKS:-1}
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
 phases=("$@")
-[ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune supervised rl table)
+[ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune sees supervised rl table)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 PATH="$(cd "${REELRL_VENV:-.venv}/bin" && pwd):$PATH"; export PATH
 
@@ -31,13 +32,15 @@ images=(--image_min_pixels 12544 --image_max_pixels 12544)
 case $SIZE in
   gpu)
     model=() clips=4000
-    see=(--max_steps 400 --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 30)
-    tune=(--max_steps 300 --prompts_per_step 128 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4 --warmup_steps 20)
-    sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 100 --save_every 200 --load_workers 8)
-    rl=(--max_steps 60 --prompts_per_step 64 --group_size 8 --learning_rate 5e-6 --token_budget 65536 --no-gradient_checkpointing
-      --validate_every 10 --validate_limit 256 --save_every 20 --kv_cache_gib 12 --load_workers 8)
+    see=(--max_steps 120 --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 20)
+    tune=(--max_steps 250 --prompts_per_step 128 --learning_rate 1.5e-4 --vision_learning_rate 5e-4 --merger_learning_rate 5e-4 --warmup_steps 20)
+    sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 125 --save_every 250 --load_workers 8)
+    # The model is so small that vLLM stays awake beside it.
+    rl=(--max_steps 120 --prompts_per_step 64 --group_size 8 --learning_rate 2e-5 --warmup_steps 5 --token_budget 20480
+      --no-gradient_checkpointing --validate_every 20 --validate_limit 256 --save_every 60 --max_num_seqs 512 --kv_cache_gib 6
+      --sleep_level 0 --load_workers 4)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
-    engine=(--max_num_seqs 256 --kv_cache_gib 12 --gpu_memory_utilization 0.15) validated=256 answer=192 ;;  # several runs fit one GPU
+    engine=(--max_num_seqs 256 --kv_cache_gib 6 --gpu_memory_utilization 0.1) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
     see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
@@ -85,7 +88,12 @@ evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids 
 learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised model
   ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \
     --validate_data "$DATA/heldout.jsonl" --output_dir "$3" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
-    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}" ${RL_FLAGS:-}
+    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}" ${RL_SECONDS:+--max_hours "$(awk "BEGIN{print $RL_SECONDS / 3600}")"} ${RL_FLAGS:-} || return
+  [ -n "${RL_SECONDS:-}" ] && [ ! -e "$3/done.json" ] || return 0
+  local newest; newest=$(find "$3/checkpoints" -maxdepth 1 -name 'step-*' | sort | tail -1)
+  [ -n "$newest" ] || { say "$3: no checkpoint within RL_SECONDS=$RL_SECONDS"; return 1; }
+  rm -rf "$3/final" && cp -r "$newest/hf" "$3/final"
+  printf '{"step": %d, "final": "%s", "stopped_by": "RL_SECONDS=%s"}\n' "$((10#${newest##*-}))" "$3/final" "$RL_SECONDS" > "$3/done.json"
 }
 make_folder() { "${bounded[@]}" python scripts/real_model/make_folder.py --gguf $GGUF --output_dir "$RUN/model" --seed "$SEED" "${model[@]}"; }
 decode() {
@@ -101,10 +109,11 @@ for name in "${phases[@]}"; do
     decode) phase "decode every clip once" "$DATA/decoded" decode ;;
     base) phase "evaluate the folder before any training" "$RUN/base/results.json" evaluate "$RUN/model" base ;;
     see) phase "supervised 1: tower and merger learn to see, the language model stands still" "$RUN/see/done.json" \
-      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model
-      phase "does it look after supervised 1" "$RUN/see/sees/sees.json" sees see ;;
+      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model ;;
     tune) phase "supervised 2: everything, gently" "$RUN/tune/done.json" \
-      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}"
+      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}" ;;
+    sees)
+      phase "does it look after supervised 1" "$RUN/see/sees/sees.json" sees see
       phase "does it look after supervised 2" "$RUN/tune/sees/sees.json" sees tune ;;
     supervised) phase "evaluate the supervised model" "$RUN/supervised/results.json" evaluate "$RUN/tune/final" supervised ;;
     rl)
@@ -116,6 +125,6 @@ for name in "${phases[@]}"; do
         done
       done ;;
     table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
-    *) say "unknown phase $name; known: folder clips decode base see tune supervised rl table"; exit 2 ;;
+    *) say "unknown phase $name; known: folder clips decode base see tune sees supervised rl table"; exit 2 ;;
   esac
 done

@@ -147,7 +147,7 @@ def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path
         assert done.returncode == 0, done.stdout[-6000:]
         return done.stdout
 
-    phases = ("folder", "clips", "decode", "see", "tune", "supervised", "rl", "table")
+    phases = ("folder", "clips", "decode", "see", "tune", "sees", "supervised", "rl", "table")
     launch(*phases)
     asked = sum(
         sum(1 for _ in (run / "data" / f"{name}.jsonl").open())
