@@ -18,6 +18,8 @@ from data.video import MediaError
 from evaluate._engine import AsyncVllm, Engine, Limits, LoaderThreads, SharedFrames
 from evaluate._flags import sampling_of
 
+KV_GIVEN_SHARE = 0.02  # gpu_memory_utilization where --kv_cache_gib is given
+
 
 def on_gpu() -> bool:
     import torch
@@ -85,7 +87,8 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
     if on_gpu():
         # vLLM turns frames into patches with as many threads, one if this is unset: half a second for a clip of 128 frames.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(8, os.cpu_count() or 1)))
-        chosen["gpu_memory_utilization"] = args.gpu_memory_utilization
+        # With a cache of a given size this share decides nothing, but vLLM refuses to start where as much is not free.
+        chosen["gpu_memory_utilization"] = KV_GIVEN_SHARE if args.kv_cache_gib else args.gpu_memory_utilization
         chosen["enforce_eager"] = args.enforce_eager
         # vLLM's encoder cache has as many places as a batch has tokens, 2,048 by default: a longer clip would be refused.
         chosen.setdefault("max_num_batched_tokens", max(16384, args.max_model_len or 0))

@@ -40,7 +40,7 @@ case $SIZE in
       --no-gradient_checkpointing --validate_every 20 --validate_limit 256 --save_every 60 --max_num_seqs 512 --kv_cache_gib 6
       --sleep_level 0 --load_workers 4)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
-    engine=(--max_num_seqs 256 --kv_cache_gib 6 --gpu_memory_utilization 0.1) validated=256 answer=192 ;;  # several runs fit one GPU
+    engine=(--max_num_seqs 256 --kv_cache_gib 6) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
     see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
