@@ -19,11 +19,14 @@ import os
 from contextlib import contextmanager
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from data.encode import Encoder
+from data.normalise import normalise
 from data.records import Group, Media, Sample
 from rollout import vllm_access
 from rollout.engine import RolloutEngine
+from tests.rollout.test_parity import score
 from tests.train.policy_run import make_args
 from train import distributed
 from train.policy import build_policy
@@ -55,6 +58,45 @@ def gap(policy, groups) -> float:
         scored, _ = policy.logprobs(groups, temperature=TEMPERATURE)
     sampled = [torch.tensor(response.rollout_logprobs) for group in groups for response in group.responses]
     return float(torch.cat([(scored[i, : len(row)].cpu() - row).abs() for i, row in enumerate(sampled)]).mean())
+
+
+def distances(policy, plain, encoder, groups) -> dict[str, dict[str, float]]:
+    """Mean distance of the policy's and of vLLM's log-probs from those of the library in fp32 on the host, per mix of media:
+    where the two differ from each other, this says which of them is wrong, and on what."""
+    found = {}
+    for names, group in zip(MIXES, groups):
+        truth = [score(plain, encoder, group.prompt, response, TEMPERATURE) for response in group.responses]
+        with torch.no_grad():
+            scored, _ = policy.logprobs([group], temperature=TEMPERATURE)
+        ours = [row[: len(true)].float().cpu() for row, true in zip(scored, truth)]
+        theirs = [torch.tensor(response.rollout_logprobs) for response in group.responses]
+        found[" ".join(names) or "text"] = {
+            name: float(torch.cat([(a - b).abs() for a, b in zip(rows, truth)]).mean())
+            for name, rows in (("policy", ours), ("vllm", theirs))
+        }
+    return found
+
+
+def towers(policy, plain, engine, prompts) -> dict[str, dict[str, float]]:
+    """Norm of the difference over norm of merged visual features from the library's fp32 tower, per mix of media."""
+    found, mean, std = {}, engine.encoder.image_mean, engine.encoder.image_std
+    theirs = vllm_access.model_of(engine.llm).visual
+    for names, prompt in zip(MIXES, prompts):
+        if prompt.patches is None:
+            continue
+        pixels = normalise(torch.from_numpy(prompt.patches), mean, std)
+        with torch.no_grad():
+            true = plain.model.visual(pixels, grid_thw=torch.from_numpy(prompt.grid_thw), return_dict=True).pooler_output
+            patches = torch.from_numpy(prompt.patches).to(policy.device)
+            (ours, *_), _ = policy.packed.visual_features(patches, prompt.grid_thw)
+            # Bytes where this vLLM normalises on the device, floats of its dtype where it does not.
+            given = patches if engine.inputs._dtype == torch.uint8 else pixels.to(ours.device, ours.dtype)
+            made = theirs(given, grid_thw=prompt.grid_thw.tolist())[:, : true.shape[1]]
+        found[" ".join(names)] = {
+            name: float((features.float().cpu() - true).norm() / true.norm())
+            for name, features in (("policy", ours), ("vllm", made))
+        }
+    return found
 
 
 def weighted(logprobs, tokens: float):
@@ -105,6 +147,11 @@ def main() -> None:
     groups = sample(engine, prompts, 0)
     seen["gap_at_start"] = gap(policy, groups)
     start = [(r.token_ids, r.rollout_logprobs) for group in groups for r in group.responses]
+    plain = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa").eval()
+    seen["from_fp32"] = distances(policy, plain, encoder, groups)
+    seen["towers_from_fp32"] = towers(policy, plain, engine, prompts)
+    Path(out).with_suffix(".first.json").write_text(json.dumps(seen))  # for one who looks before the end
+    del plain
 
     with alone(turn):
         awake = used_gib()
