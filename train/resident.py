@@ -67,14 +67,29 @@ def configure(config: dict) -> None:
 
 def remove_hooks(engine) -> None:
     """Take the per-module hooks from a DeepSpeed ZeRO-3 engine that has not run yet, and its watch over parameter look-ups."""
-    zero = engine.optimizer
-    getattr(zero, "parameter_offload", zero)._remove_module_hooks()  # an engine without optimiser has the hooks itself
+    zero = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # an engine without optimiser has the hooks itself
+    zero._remove_module_hooks()
+    zero.partition_all_parameters = lambda: drop(engine.module.parameters())
     # Both walk over all modules in every forward, to tell the dictionaries below that they are in one.
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     engine.module_forward_pre_hook = engine.module_forward_post_hook = None
     for module in engine.module.modules():
         module._parameters = dict(module._parameters)
+
+
+def drop(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave of these gathered parameters their shards alone, as DeepSpeed wants it before it changes or reads those.
+
+    Its own way there asks every module for its parameters and every parameter for what may still use it; without hooks
+    nothing does. What was gathered was read by the stream that is current here: no other has to be waited for.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            parameter.data = parameter.data.new_empty(0)
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 def gather(parameters: Iterable[nn.Parameter]) -> None:
