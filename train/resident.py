@@ -3,6 +3,7 @@
 ZeRO-3 gathers a module's parameters before it runs and drops them after it, in the forward pass, its recomputation and the
 backward pass, with about ten Python calls around each of these for every module; on one rank there is nothing to gather and
 every fetch still waits for the device. Where the weights fit, they are gathered once after each optimiser step instead.
+They then lie beside the shards that the optimiser writes, 2 bytes per parameter; on one rank they are the shard itself.
 Gradients are reduced and cut as before, by hooks of the parameters themselves, and optimiser states stay sharded.
 
 What DeepSpeed 0.19 still drops is its own shards' copies, at a step (also at one it skips), at a checkpoint and at the end of
@@ -67,9 +68,12 @@ def configure(config: dict) -> None:
 
 def remove_hooks(engine) -> None:
     """Take the per-module hooks from a DeepSpeed ZeRO-3 engine that has not run yet, and its watch over parameter look-ups."""
-    zero = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # an engine without optimiser has the hooks itself
+    zero = getattr(
+        engine.optimizer, "parameter_offload", engine.optimizer
+    )  # an engine without optimiser has the hooks itself
     zero._remove_module_hooks()
-    zero.partition_all_parameters = lambda: drop(engine.module.parameters())
+    parameters = list(engine.module.parameters())
+    zero.partition_all_parameters = lambda: drop(parameters)
     # Both walk over all modules in every forward, to tell the dictionaries below that they are in one.
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()

@@ -105,7 +105,13 @@ def main() -> None:
     own = build(model_dir, "on", device, gradient_checkpointing=False)
     seen["linear is torch's"] = torch.nn.functional.linear is NATIVE_LINEAR
     seen["hooks"]["on"] = hooks_of(own)
-    own = train(own, mine, tokens)
+    start = dict(own.named_tensors())
+    with torch.no_grad():
+        start_logprobs = own.logprobs(mine[0])[0]
+    policy, own = own, train(own, mine, tokens)
+    whole = sum(p.numel() for p in policy.resident) == policy.parameter_count
+    beside = sum(p.numel() for p in policy.resident if p.data_ptr() != p.ds_tensor.data_ptr())
+    seen["beside the shard"] = beside / policy.parameter_count if whole else "not all is gathered"
 
     # ---- with nodes in place of the hooks' nodes: bit for bit
     kept = {}
@@ -118,7 +124,6 @@ def main() -> None:
     pair, runs = kept["plain"]
     seen["hooks"]["off"] = hooks_of(pair["off"])
     seen["grad_norm"] = runs["on"]["reports"][0]["grad_norm"]
-    start = dict(build(model_dir, "on", device).named_tensors())
     gaps = {n: (own["weights"][n] - w).norm() / (w - start[n]).norm() for n, w in runs["off"]["weights"].items()}
     seen["gap to the hooks, of the way"] = float(max(gaps.values()))
 
@@ -140,14 +145,12 @@ def main() -> None:
         compare(f"{choice}, resumed from {other}", train(pair[choice], mine, tokens, steps=1), straight["on"])
 
     # ---- the reference, an engine without optimiser
-    found = []
-    for choice in ("off", "on"):
-        reference = build_reference(make_args(model_dir, resident_parameters=choice), device=device)
-        seen["hooks"][f"reference/{choice}"] = hooks_of(reference)
-        with torch.no_grad():
-            logprobs = reference.logprobs(mine[0])[0]
-        found.append({"reports": [], "logprobs": logprobs, "weights": dict(reference.named_tensors())})
-    compare("reference", *found)
+    reference = build_reference(make_args(model_dir, resident_parameters="on"), device=device)
+    seen["hooks"]["reference"] = hooks_of(reference)
+    with torch.no_grad():
+        logprobs = reference.logprobs(mine[0])[0]
+    found = {"reports": [], "logprobs": logprobs, "weights": dict(reference.named_tensors())}
+    compare("reference", {"reports": [], "logprobs": start_logprobs, "weights": start}, found)
     if rank == 0:
         Path(out).write_text(json.dumps(seen, indent=1))
     distributed.barrier("leave together")

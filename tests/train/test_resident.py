@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from scripts import plan_memory
 from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
 from train.args import check_args, parse_args
+from train.flops import read_shape
+from train.plan import resident_lines
 from train.resident import is_resident, obstacles
 
 PROGRAM = Path(__file__).with_name("resident_run.py")
@@ -19,7 +23,7 @@ PROGRAM = Path(__file__).with_name("resident_run.py")
 def seen(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("resident") / "seen.json"
     run_ranks(PROGRAM, request.param, tiny_model("qwen3_vl"), out)
-    return json.loads(out.read_text())
+    return {**json.loads(out.read_text()), "ranks": request.param}
 
 
 def test_updates_logprobs_weights_and_checkpoints_are_equal_bit_for_bit(seen):
@@ -36,8 +40,33 @@ def test_without_nodes_in_the_hooks_place_sums_are_rounded_in_another_order_and_
 
 def test_hooks_are_gone_from_policy_and_reference(seen):
     hooks = seen["hooks"]
-    assert hooks["on"] == hooks["reference/on"] == 0
-    assert hooks["off"] == hooks["reference/off"] > 300
+    assert hooks["on"] == hooks["reference"] == 0
+    assert hooks["off"] > 300
+
+
+def test_whole_weights_lie_beside_the_shards_but_on_one_rank_where_they_are_the_shard(seen):
+    assert seen["beside the shard"] == {1: 0.0, 2: 1.0}[seen["ranks"]]
+
+
+def test_the_plan_says_what_they_take():
+    args = argparse.Namespace(resident_parameters="on")
+    (line,) = resident_lines(args, 3 * 2**29, world_size=2)  # 1.6e9 parameters of 2 bytes
+    assert "3.00 GiB more on every rank" in line
+    args.resident_parameters = "auto"
+    assert resident_lines(args, 3 * 2**29, world_size=2) == []
+    (line,) = resident_lines(args, 3 * 2**29, world_size=1)
+    assert "nothing more" in line
+
+
+def test_memory_planning_counts_the_whole_weights_once_more_and_nothing_on_one_gpu():
+    words = ["--size", "8b", "--resident_parameters", "on"]
+    plan = {n: plan_memory.flags().parse_args([*words, "--gpus", str(n)]) for n in (1, 8)}
+    shape, n = read_shape(plan_memory.SIZES["8b"]), 8_763_699_200
+    update = plan_memory.make_plan(shape, plan[8], 128).update
+    assert update["resident weights (bf16, whole)"] == 2 * n and update["weights (bf16 shard)"] == 2 * n / 8
+    assert plan_memory.make_plan(shape, plan[8], 128).rollout["resident weights (bf16, whole)"] == 2 * n
+    assert plan_memory.make_plan(shape, plan[1], 128).update["resident weights (bf16, whole)"] == 0
+    assert "gathered layers and embedding" not in update
 
 
 def config(**zero) -> dict:
