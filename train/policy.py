@@ -26,7 +26,7 @@ from data.records import Group
 from train.group_attention import choose_attention, pack
 from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
-from train.resident import configure, gather, is_resident, remove_hooks
+from train.resident import gather, remove_hooks, settle
 from train.sequence_parallel import SequenceSet, check_model, sequence_set
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -393,14 +393,6 @@ def _load(model_dir: str, args, config: dict, dtype: torch.dtype):
     return hf
 
 
-def _resident(args, config: dict) -> bool:
-    """Whether the parameters stay gathered; `config` is then set for it, in place."""
-    resident = is_resident(getattr(args, "resident_parameters", "auto"), config, dist.get_world_size())
-    if resident:
-        configure(config)
-    return resident
-
-
 def _sequence_set(model_dir: str, args) -> SequenceSet | None:
     """The ranks of --sequence_parallel that this one shares sequences with. Raises ValueError if the model cannot be cut."""
     size = getattr(args, "sequence_parallel", 1)
@@ -451,7 +443,7 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     dtype = resolve_dtype(args.dtype, device)
     attention = choose_attention(args.attention, device, dtype)
     config = deepspeed_config(args, dtype, device)
-    resident = _resident(args, config)
+    resident = settle(args, config, dist.get_world_size())
     sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     value_head = None
@@ -468,11 +460,8 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     groups = trained_groups(hf, args, rate, value_head.named_parameters() if critic else ())
     optimizer = build_trained_optimizer(groups, args, rate, offload=getattr(args, "offload", "none") != "none")
     engine, _, _, _ = deepspeed.initialize(model=packed, config=config, optimizer=optimizer)
-    limit = getattr(args, "max_nonfinite_steps", 5)
-    return Policy(
-        engine, packed, device=device, dtype=dtype, attention=attention, max_nonfinite_steps=limit, sequence=sequence,
-        resident=resident,
-    )  # fmt: skip
+    settings = {"device": device, "dtype": dtype, "attention": attention, "sequence": sequence, "resident": resident}
+    return Policy(engine, packed, max_nonfinite_steps=getattr(args, "max_nonfinite_steps", 5), **settings)
 
 
 def build_policy(args, *, device: torch.device, banned_ids: Iterable[int] = (), normalisation=None) -> Policy:
@@ -502,7 +491,7 @@ def build_reference(args, *, device: torch.device, banned_ids: Iterable[int] = (
     config = deepspeed_config(args, dtype, device)
     if getattr(args, "offload", "none") != "all":
         config["zero_optimization"].pop("offload_optimizer", None)
-    resident = _resident(args, config)
+    resident = settle(args, config, dist.get_world_size())
     sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     packed = _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation)

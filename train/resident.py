@@ -55,22 +55,24 @@ def is_resident(choice: str, config: dict, world_size: int) -> bool:
     return choice != "off" and not found and (choice == "on" or world_size == 1)
 
 
-def configure(config: dict) -> None:
-    """Set, in place, what a resident engine wants of DeepSpeed; before the model is loaded.
+def settle(args, config: dict, world_size: int) -> bool:
+    """Whether a model's parameters stay gathered; `config` is then set for it, in place, before the model is loaded.
 
     No parameter is "persistent": DeepSpeed would gather those after each step in a collective of its own for every one.
     Its linear function, which fetches weights again in the backward pass, is not put in the place of torch's.
     """
-    zero = config["zero_optimization"]
-    zero["stage3_param_persistence_threshold"] = 0
-    zero.setdefault("memory_efficient_linear", False)
+    resident = is_resident(getattr(args, "resident_parameters", "auto"), config, world_size)
+    if resident:
+        zero = config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+        zero.setdefault("memory_efficient_linear", False)
+    return resident
 
 
 def remove_hooks(engine) -> None:
     """Take the per-module hooks from a DeepSpeed ZeRO-3 engine that has not run yet, and its watch over parameter look-ups."""
-    zero = getattr(
-        engine.optimizer, "parameter_offload", engine.optimizer
-    )  # an engine without optimiser has the hooks itself
+    # An engine without optimiser (the reference) has the hooks itself.
+    zero = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     zero._remove_module_hooks()
     parameters = list(engine.module.parameters())
     zero.partition_all_parameters = lambda: drop(parameters)
