@@ -3,6 +3,7 @@
     python scripts/bench_packed.py --size tiny                          # any machine, seconds
     python scripts/bench_packed.py --size 2b --attention flex varlen    # one CUDA device
     python scripts/bench_packed.py --size 2b --zero3                    # through DeepSpeed ZeRO-3, with the optimiser
+    python scripts/bench_packed.py --size deep --zero3 --prompt_tokens 80 --frames 2 --resident_parameters off   # host time
 
 A Qwen3-VL of the real shape with random weights, one video prompt, G responses. Variants, interleaved round by round:
     packed/<backend>  one sequence per group (what training runs)
@@ -20,6 +21,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import cProfile
 import gc
 import json
 import statistics
@@ -41,17 +43,19 @@ from train.policy import checkpoint_activations
 # hidden, MLP, layers, heads, key-value heads; vision depth, width, MLP, heads, deepstack layers; tied
 SHAPES = {
     "tiny": (128, 256, 4, 4, 2, 4, 64, 128, 2, [1, 2], False),
+    "deep": (64, 128, 30, 2, 1, 4, 32, 64, 1, [1, 2], False),  # many layers and no work in them: what the host does
     "2b": (2048, 6144, 28, 16, 8, 24, 1024, 4096, 16, [5, 11, 17], True),
     "4b": (2560, 9728, 36, 32, 8, 24, 1024, 4096, 16, [5, 11, 17], True),
     "8b": (4096, 12288, 36, 32, 8, 27, 1152, 4304, 16, [8, 16, 24], False),
 }
+SMALL = ("tiny", "deep")
 IMAGE, VIDEO = 11, 12
 NORMALISATION = ((0.5,) * 3, (0.5,) * 3)
 
 
 def make_config(size: str, layers: int | None) -> Qwen3VLConfig:
     hidden, mlp, depth, heads, kv_heads, v_depth, v_hidden, v_mlp, v_heads, deepstack, tied = SHAPES[size]
-    tiny = size == "tiny"
+    tiny = size in SMALL
     text = {
         "vocab_size": 512 if tiny else 151936,
         "hidden_size": hidden,
@@ -311,6 +315,7 @@ def run_zero3(args, config, device, dtype, group, flops: float) -> None:
     distributed.init_deepspeed(device)
     with tempfile.TemporaryDirectory() as folder:
         if distributed.is_main():
+            torch.manual_seed(0)
             with torch.device(device):
                 AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
         box = [folder]
@@ -320,6 +325,7 @@ def run_zero3(args, config, device, dtype, group, flops: float) -> None:
             optimizer="adamw", learning_rate=1e-6, weight_decay=0.01, adam_betas=(0.9, 0.999), adam_eps=1e-8,
             max_grad_norm=1.0, gradient_checkpointing=True, deepspeed_config=args.deepspeed_config, seed=0,
             fused=args.fused, kept_layers=args.kept_layers, kept_vision_layers=args.kept_vision_layers,
+            resident_parameters=args.resident_parameters,
         )  # fmt: skip
         policy = build_policy(settings, device=device, normalisation=NORMALISATION)
         distributed.barrier("model loaded")
@@ -351,12 +357,22 @@ def run_zero3(args, config, device, dtype, group, flops: float) -> None:
         phases["backward"].append(float(gaps[1 : 2 * args.groups : 2].sum()))
         phases["step"].append(float(gaps[-2]))
         phases["no-grad forward"].append(float(gaps[-1]))
+    profiler = cProfile.Profile()
+    with profiler:  # one more update, for the calls alone: it is slower
+        for _ in range(args.groups):
+            logprobs, _ = policy.logprobs([group])
+            policy.backward(-logprobs.sum() / tokens / args.groups / distributed.world_size())
+        policy.step(1e-6)
     if distributed.is_main():
+        calls = sum(entry.callcount for entry in profiler.getstats())
         medians = {name: statistics.median(values) for name, values in phases.items()}
         update = medians["forward"] + medians["backward"] + medians["step"]
         line = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in medians.items())
         print(f"zero3 {policy.attention}, {args.groups} groups per update: {line}; norm {report['grad_norm']:.3g}")
         print(f"  update {update:.3f} s, {args.groups * flops / update / 1e12:.1f} useful TFLOP/s per rank")
+        print(
+            f"  {calls:,} Python calls per update, parameters {'resident' if policy.resident else 'gathered by module'}"
+        )
         if device.type == "cuda":
             print(f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
             moved = policy.park()
@@ -388,6 +404,9 @@ def main() -> None:
     parser.add_argument("--library", action=argparse.BooleanOptionalAction, default=True, help="also rows/hf")
     parser.add_argument("--zero3", action="store_true", help="measure the update through DeepSpeed ZeRO-3 instead")
     parser.add_argument("--groups", type=int, default=4, help="with --zero3: groups per update, one micro-batch each")
+    parser.add_argument(
+        "--resident_parameters", choices=("auto", "on", "off"), default="auto", help="with --zero3: as in train/main.py"
+    )
     parser.add_argument("--deepspeed_config", default=None, help="with --zero3: JSON merged over the settings")
     parser.add_argument("--flex_static", action="store_true", help="compile FlexAttention per length, not for all")
     parser.add_argument(
@@ -396,7 +415,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--out", default=None, help="write the measurements here as JSON")
     args = parser.parse_args()
-    tiny = args.size == "tiny"
+    tiny = args.size in SMALL
     args.prompt_tokens = args.prompt_tokens or (600 if tiny else 16000)
     args.frames = args.frames or (16 if tiny else 128)
     args.response_tokens = args.response_tokens or (40 if tiny else 400)

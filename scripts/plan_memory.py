@@ -25,6 +25,7 @@ from train.flops import Shape, language_layer_parameters, parameters, read_shape
 GIB = 1024**3
 BF16, FP32 = 2, 4
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
+RESIDENT = "resident weights (bf16, whole)"
 PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
 SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at once
@@ -58,19 +59,25 @@ def kv_bytes_per_token(shape: Shape) -> int:
     return 2 * shape.full_layers * shape.kv_heads * shape.head_dim * BF16
 
 
-def state_bytes(shape: Shape, gpus: int, optimizer_on_host: bool, parameters_on_host: bool) -> dict[str, float]:
+def state_bytes(
+    shape: Shape, gpus: int, optimizer_on_host: bool, parameters_on_host: bool, resident: bool = False
+) -> dict[str, float]:
     """ZeRO-3 shards per GPU as DeepSpeed 0.19 holds them: bf16 weights, a buffer of fp32 gradients that is never given
     back (with the optimiser's states on the host it is there, too), fp32 master weights and two Adam moments; its buffer for
-    reductions; and, gathered whole, two layers (the running one and the one fetched ahead) and the larger embedding.
+    reductions; and, gathered whole, two layers (the running one and the one fetched ahead) and the larger embedding, or, if
+    resident, all weights beside their shards (on one GPU they are the shard).
     """
     n = parameters(shape)["total"]
     full, linear = language_layer_parameters(shape)
     live = 2 * max(full, linear, vision_layer_parameters(shape)) + shape.vocabulary * shape.hidden
+    gathered = {"gathered layers and embedding": live * BF16}
+    if resident:
+        gathered = {RESIDENT: 0 if gpus == 1 else n * BF16}
     return {
         "weights (bf16 shard)": 0 if parameters_on_host else n * BF16 / gpus,
         "gradients (fp32 shard)": 0 if optimizer_on_host else n * FP32 / gpus,
         "optimiser (fp32 master, two moments)": 0 if optimizer_on_host else n * 3 * FP32 / gpus,
-        "gathered layers and embedding": live * BF16,
+        **gathered,
         "buckets of gathers and reductions": (PREFETCH_BUCKET + REDUCE_BUCKET) * BF16,
     }
 
@@ -112,6 +119,7 @@ STATES = {
     "gathered layers and embedding",
     "buckets of gathers and reductions",
     "second copy of the weights (hpZ)",
+    "resident weights (bf16, whole)",
 }
 SECOND_COPY = "second copy of the weights (hpZ)"
 STEP = "gradients copied in the optimiser's step"
@@ -150,7 +158,8 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     prompt = visual + args.text_tokens
     responses = args.group_size * args.max_response_tokens
     tokens = args.groups_per_micro_batch * (prompt + responses)
-    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters)
+    resident = args.resident_parameters == "on"
+    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident)
     if args.hpz_partition_size > 1:
         rest[SECOND_COPY] = parameters(shape)["total"] * BF16 / args.hpz_partition_size
     update = rest | activation_bytes(
@@ -232,6 +241,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hpz_partition_size", type=int, default=1, help="GPUs that share the second copy of the weights"
     )
+    parser.add_argument(
+        "--resident_parameters", choices=("off", "on"), default="off", help="all weights gathered on every GPU"
+    )
     parser.add_argument("--frames", type=int, default=128, help="frames of a clip")
     parser.add_argument("--max_frames", type=int, default=2048, help="upper end of the search for what fits")
     parser.add_argument("--height", type=int, default=720, help="height of the source video, pixels")
@@ -253,6 +265,8 @@ def flags() -> argparse.ArgumentParser:
 def main() -> None:
     parser = flags()
     args = parser.parse_args()
+    if args.resident_parameters == "on" and (args.offload_parameters or args.hpz_partition_size > 1):
+        parser.error("--resident_parameters on goes with neither --offload_parameters nor --hpz_partition_size")
     try:
         config = SIZES[args.size] if args.size else json.loads((args.model / "config.json").read_text())
         text = describe(read_shape(config), args)

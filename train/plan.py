@@ -99,8 +99,21 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
         f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
         f"  ZeRO-3 states {count * STATE_BYTES[args.optimizer] / world_size / gib:.2f} GiB ({STATE_BYTES[args.optimizer]} bytes "
         "per parameter: bf16 weights, fp32 gradients, master weights where the optimiser has them, two moments)",
+        *resident_lines(args, count, world_size),
         f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "
         f"{kv_tokens * kv_bytes / args.tensor_parallel / gib:.2f} GiB (prompts shared within a group)",
+    ]
+
+
+def resident_lines(args, count: int, world_size: int) -> list[str]:
+    """What --resident_parameters takes per rank, of each of policy, critic and reference; nothing where it is off."""
+    if args.resident_parameters == "off" or (args.resident_parameters == "auto" and world_size > 1):
+        return []
+    if world_size == 1:
+        return ["  resident parameters (--resident_parameters): nothing more, on one rank they are the shard itself"]
+    whole = f"{count * 2 / 1024**3:.2f} GiB more"
+    return [
+        f"  resident parameters (--resident_parameters): {whole} on every rank, the gathered weights beside the shard"
     ]
 
 

@@ -26,6 +26,7 @@ from data.records import Group
 from train.group_attention import choose_attention, pack
 from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
+from train.resident import gather, remove_hooks, settle
 from train.sequence_parallel import SequenceSet, check_model, sequence_set
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -169,6 +170,7 @@ class Policy:
         attention: str,
         max_nonfinite_steps: int = 5,
         sequence: SequenceSet | None = None,
+        resident: bool = False,
     ):
         self.engine = engine
         self.packed = packed
@@ -176,6 +178,9 @@ class Policy:
         self.device = device
         self.dtype = dtype
         self.attention = attention
+        self.resident = list(packed.parameters()) if resident else []  # stay gathered (train.resident)
+        if resident:
+            remove_hooks(engine)
         self.sequence = sequence  # the ranks that hold the same groups and a slice of their tokens each
         self.world_size = dist.get_world_size()
         self.max_nonfinite_steps = max_nonfinite_steps
@@ -199,6 +204,7 @@ class Policy:
         """
         packed = self._pack(groups)
         features = self._features_of(groups)
+        gather(self.resident)
         flat, flat_entropy = self.engine(packed, temperature=temperature, entropy=entropy, features=features)
         return packed.to_rows(flat), packed.to_rows(flat_entropy) if entropy else None
 
@@ -207,6 +213,7 @@ class Policy:
         if self.packed.value_head is None:
             raise ValueError("values() needs a critic; this is a policy")
         packed = self._pack(groups)
+        gather(self.resident)
         flat, _ = self.engine(packed, features=self._features_of(groups))
         return packed.to_rows(flat)
 
@@ -219,6 +226,7 @@ class Policy:
         if not self.tower_is_frozen:
             return
         self._features = {}
+        gather(self.resident)
         for groups in micro_batches:
             with torch.no_grad():
                 features = self.engine(self._pack(groups), features_only=True)
@@ -298,9 +306,11 @@ class Policy:
 
         bucket: list[tuple[str, nn.Parameter]] = []
         size = 0
+        gather(self.resident)
 
         def flush() -> list[tuple[str, Tensor]]:
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+            # On leaving, the context drops what it did not gather, too.
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket], enabled=not self.resident):
                 return [(name, parameter.detach().clone()) for name, parameter in bucket]
 
         for name, parameter in self.model.named_parameters():
@@ -456,6 +466,7 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     dtype = resolve_dtype(args.dtype, device)
     attention = choose_attention(args.attention, device, dtype)
     config = deepspeed_config(args, dtype, device)
+    resident = settle(args, config, dist.get_world_size())
     sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     value_head = None
@@ -472,10 +483,8 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     groups = trained_groups(hf, args, rate, value_head.named_parameters() if critic else ())
     optimizer = build_trained_optimizer(groups, args, rate, offload=getattr(args, "offload", "none") != "none")
     engine, _, _, _ = deepspeed.initialize(model=packed, config=config, optimizer=optimizer)
-    limit = getattr(args, "max_nonfinite_steps", 5)
-    return Policy(
-        engine, packed, device=device, dtype=dtype, attention=attention, max_nonfinite_steps=limit, sequence=sequence
-    )
+    settings = {"device": device, "dtype": dtype, "attention": attention, "sequence": sequence, "resident": resident}
+    return Policy(engine, packed, max_nonfinite_steps=getattr(args, "max_nonfinite_steps", 5), **settings)
 
 
 def build_policy(args, *, device: torch.device, banned_ids: Iterable[int] = (), normalisation=None) -> Policy:
@@ -505,9 +514,10 @@ def build_reference(args, *, device: torch.device, banned_ids: Iterable[int] = (
     config = deepspeed_config(args, dtype, device)
     if getattr(args, "offload", "none") != "all":
         config["zero_optimization"].pop("offload_optimizer", None)
+    resident = settle(args, config, dist.get_world_size())
     sequence = _sequence_set(model_dir, args)
     hf = _load(model_dir, args, config, dtype)
     packed = _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation)
     packed.requires_grad_(False).eval()
     engine, _, _, _ = deepspeed.initialize(model=packed, config=config)
-    return Policy(engine, packed, device=device, dtype=dtype, attention=attention, sequence=sequence)
+    return Policy(engine, packed, device=device, dtype=dtype, attention=attention, sequence=sequence, resident=resident)

@@ -58,13 +58,28 @@ def test_two_steps_on_two_ranks(playground, tmp_path):
     assert "done after step 2" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resident_parameters_reach_the_engine_and_the_reference_stays(playground, tmp_path, ranks):
+    run_main.run(
+        playground, tmp_path / "run", "--max_steps", "2", "--check_parity", "--resident_parameters", "on",
+        "--kl_in", "loss", "--kl_coef", "0.01", "--save_every", "1", ranks=ranks,
+    )  # fmt: skip
+    rows = run_main.metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2] and all(row["policy/grad_norm"] > 0 for row in rows)
+    assert all(row["mismatch/max"] < 1e-4 for row in rows)  # after the first update and its sync, too
+    assert rows[0]["policy/ref_kl"] < 1e-9 < rows[1]["policy/ref_kl"]
+
+
 def test_bad_rows_are_refused_before_anything_is_built(playground, tmp_path):
     lines = (playground / "train.jsonl").read_text().splitlines()
     broken = json.loads(lines[3]) | {"videos": ["clips/absent.mp4"]}
     strange = json.loads(lines[4]) | {"problem_type": "riddle"}
     bad = playground / "bad.jsonl"
     bad.write_text("\n".join([*lines[:3], json.dumps(broken), json.dumps(strange), "{not json"]) + "\n")
-    command = run_main.command(playground, tmp_path / "run", "--data", str(bad), "--max_steps", "1", "--dry_run", ranks=1)
+    command = run_main.command(
+        playground, tmp_path / "run", "--data", str(bad), "--max_steps", "1", "--dry_run", ranks=1
+    )
     started = subprocess.run(command, cwd=run_main.ROOT, env=run_main.environment(), capture_output=True, text=True)
     said = started.stdout + started.stderr
     assert started.returncode != 0
