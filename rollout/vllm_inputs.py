@@ -5,7 +5,8 @@ patches again, half a second and more for a clip of 128 frames while the GPU wai
 is made of it here goes in where vLLM's own rendering does (`LLMEngine.add_request` takes a rendered prompt).
 
 Nothing is taken on trust: the first prompt with a new combination of media is rendered by vLLM too, and ours has to be the
-same bit for bit (but for SECONDS, where vLLM rounds). Where it is not (another version, a processor of one's own), vLLM renders all prompts of that kind.
+same bit for bit (but for SECONDS, where vLLM rounds). Where it is not (another version, a processor of one's own), vLLM
+renders all prompts of that kind.
 """
 
 from __future__ import annotations

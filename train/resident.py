@@ -73,6 +73,10 @@ def remove_hooks(engine) -> None:
     """Take the per-module hooks from a DeepSpeed ZeRO-3 engine that has not run yet, and its watch over parameter look-ups."""
     # An engine without optimiser (the reference) has the hooks itself.
     zero = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if not hasattr(zero, "partition_all_parameters"):  # setting it below would be in vain
+        raise RuntimeError(
+            "this DeepSpeed has no partition_all_parameters; use --resident_parameters off, or adapt train/resident.py"
+        )
     zero._remove_module_hooks()
     parameters = list(engine.module.parameters())
     zero.partition_all_parameters = lambda: drop(parameters)
