@@ -19,7 +19,12 @@ Maxima = dict[str, Tensor]
 
 
 def rollout_correction(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, is_demonstration: Tensor, args
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    is_demonstration: Tensor,
+    args,
+    data_types: list[str] | None = None,
 ) -> tuple[Tensor | None, Metrics, Maxima]:
     """Weights (B, R) for the policy loss (None when nothing is corrected), metric sums, and maxima.
 
@@ -35,7 +40,8 @@ def rollout_correction(
 
     Metrics over sampled tokens: log_ratio (mean of log w), abs_log_ratio, k3 (estimate of KL(sampler, trainer)),
     prob_diff (mean |p - q|), weight, weight_changed (share of tokens truncated or masked), rejected (share of rows).
-    Maxima: mismatch/abs_log_ratio_max, mismatch/prob_diff_max.
+    Maxima: mismatch/abs_log_ratio_max, mismatch/prob_diff_max. data_types: B of "text", "image", "video" ...: abs_log_ratio
+    by each of them, too, since a fault in positions or frames shows on some of them alone.
     """
     old, sampled = old_logprobs.detach().float(), rollout_logprobs.detach().float()
     asked = (mask > 0) & ~is_demonstration.view(-1, 1)
@@ -54,6 +60,10 @@ def rollout_correction(
         "mismatch/prob_diff": mean(prob_diff),
         "mismatch/unknown": ((asked & ~known).double().sum(), asked.double().sum()),
     }
+    for kind in sorted(set(data_types or ())):
+        rows = torch.tensor([other == kind for other in data_types or ()], device=known.device).view(-1, 1) & known
+        total = torch.where(rows, log_w.abs(), torch.zeros_like(log_w)).double().sum()
+        metrics[f"mismatch/abs_log_ratio/{kind}"] = (total, rows.double().sum())
     maxima = {"mismatch/abs_log_ratio_max": log_w.abs().amax(), "mismatch/prob_diff_max": prob_diff.amax()}
     if args.rollout_correction == "none" and not args.reject_above and not args.reject_token_below:
         return None, metrics, maxima

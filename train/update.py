@@ -123,8 +123,9 @@ def update_policy(
         logprobs, entropy = policy.logprobs(micro.groups, entropy=True, temperature=args.temperature)
         old = _take(micro, batch.old_logprobs)
         part, demonstration = micro.take(mask), micro.take(batch.is_demonstration)
+        kinds = [group.prompt.sample.data_type for group in micro.groups for _ in group.responses]
         weights, sums, maxima = rollout_correction(
-            logprobs if old is None else old, micro.take(batch.rollout_logprobs), part, demonstration, args
+            logprobs if old is None else old, micro.take(batch.rollout_logprobs), part, demonstration, args, kinds
         )
         loss, more = policy_objective(
             logprobs,

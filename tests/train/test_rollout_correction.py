@@ -13,14 +13,16 @@ RATIOS = [[3.0, 0.5], [1.0, 1.0, 0.1, 1.0, 1.0], [1.5]]
 NONE = torch.tensor([False, False, False])
 
 
-def correct(ratios=RATIOS, demonstration=NONE, **flags):
+def correct(ratios=RATIOS, demonstration=NONE, data_types=None, **flags):
     mask = mask_of([len(row) for row in ratios])
     sampled = torch.full(mask.shape, -2.0, dtype=torch.float64)
     old = torch.full(mask.shape, 5.0, dtype=torch.float64)
     for i, row in enumerate(ratios):
         for t, ratio in enumerate(row):
             old[i, t] = -2.0 + math.log(ratio)
-    weights, metrics, maxima = rollout_correction(old, sampled, mask, demonstration, make_args(**flags))
+    weights, metrics, maxima = rollout_correction(
+        old, sampled, mask, demonstration, make_args(**flags), data_types
+    )
     rows = None if weights is None else [weights[i, : len(row)].tolist() for i, row in enumerate(ratios)]
     return rows, {name: (a.item(), b.item()) for name, (a, b) in metrics.items()}, maxima
 
@@ -71,6 +73,17 @@ def test_figures_by_hand():
         assert metrics[name] == (pytest.approx(value, rel=1e-5), 8.0)
     assert maxima["mismatch/abs_log_ratio_max"].item() == pytest.approx(math.log(10))
     assert maxima["mismatch/prob_diff_max"].item() == pytest.approx(2 * q)
+
+
+def test_the_gap_by_kind_of_media():
+    """|log| of 3, 0.5 and 1.5 belongs to videos, of 0.1 (and four times 1) to the image; a demonstration to nothing."""
+    _, metrics, _ = correct(data_types=["video", "image", "video"])
+    by_hand = {"video": (math.log(3) + math.log(2) + math.log(1.5), 3.0), "image": (math.log(10), 5.0)}
+    for kind, (total, tokens) in by_hand.items():
+        assert metrics[f"mismatch/abs_log_ratio/{kind}"] == (pytest.approx(total, rel=1e-6), tokens)
+    demonstration = torch.tensor([False, True, False])
+    _, metrics, _ = correct(data_types=["video", "image", "video"], demonstration=demonstration)
+    assert metrics["mismatch/abs_log_ratio/image"] == (0.0, 0.0)
 
 
 def test_demonstrations_weigh_one_and_are_not_measured():
