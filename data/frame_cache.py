@@ -35,7 +35,7 @@ from data.frame_file import (
     read_pixels,
     write_entry,
 )
-from data.records import Media, Sample
+from data.records import Media, Sample, StoredBytes
 from data.video import (
     LIST_FPS,
     Frames,
@@ -71,6 +71,8 @@ def source_identity(media: Media, full: bool = False) -> str:
     that a copy has the same identity. Bytes are always hashed in full; a list of frame images by its files and rate.
     Raises MediaError for a file that cannot be read.
     """
+    if isinstance(media.data, StoredBytes):
+        return media.data.digest
     digest = xxhash.xxh3_128()
     if media.data is not None:
         digest.update(media.data)

@@ -40,7 +40,7 @@ from data.frame_cache import (
     source_identity,
     stale_temporaries,
 )
-from data.records import Media
+from data.records import Media, StoredBytes
 from data.rows import BadRow, expand_files, media_of_row, read_rows
 from data.video import VideoSettings, media_name
 
@@ -63,10 +63,10 @@ def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fie
                 if isinstance(row, BadRow):
                     raise row
                 place["id"] = str(next((row[name] for name in ("problem_id", "id") if row.get(name) is not None), ""))
-                named = media_of_row(row, root, fields)[0]
+                named = media_of_row(row, root, fields, (file, line))[0]
                 modality[" and ".join(sorted({media.kind for media in named})) or "text"] += 1
                 for media in named:
-                    name = media_name(media) if media.data is None else xxhash.xxh3_64_hexdigest(media.data)
+                    name = media_name(media) if media.data is None else source_identity(media)
                     if xxhash.xxh3_64_intdigest(name.encode()) % shard[1] == shard[0]:
                         jobs.setdefault(media, []).append(place)
             except BadRow as problem:
@@ -77,6 +77,9 @@ def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fie
 
 
 def _size(media: Media) -> int:
+    """Bytes by which the longest are done first; those in a column file come last, in its order, and are read once."""
+    if isinstance(media.data, StoredBytes):
+        return 0
     try:
         return os.path.getsize(media.path) if media.path else len(media.data or b"")
     except OSError:

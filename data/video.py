@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.decode import BACKENDS, MediaError, Timeline, check_file, even, probe, read_frames
-from data.records import Media
+from data.records import Media, StoredBytes
+from data.stored import read_stored
 
 __all__ = [
     "Frames", "ImageSettings", "MediaError", "VideoPlan", "VideoSettings", "choose_frames", "image_size", "plan_video",
@@ -238,6 +239,11 @@ def media_source(media: Media) -> str | bytes:
     """The path or the encoded bytes of a medium that is not a list of frames. Raises MediaError if it has neither."""
     if media.path is not None:
         return media.path
+    if isinstance(media.data, StoredBytes):
+        try:
+            return read_stored(media.data)
+        except (ValueError, OSError) as error:
+            raise MediaError(media_name(media), str(error), "keep the data file as it was, or start again") from None
     if media.data is not None:
         return media.data
     raise MediaError("<media>", "has neither a path nor bytes nor frames", "correct the row")
