@@ -297,9 +297,8 @@ def read_frames(
     if backend != "pyav":
         yield from BACKENDS[backend](source, name, timeline, wanted)
         return
-    first = _decode_sequential if timeline.sequential or timeline.packet_pts is None else _decode_by_plan
     done: set[int] = set()
-    for decode in (first, _decode_sequential):  # the second time without shortcuts
+    for decode in (decode_wanted, _decode_sequential):  # the second time without shortcuts
         convert = VideoReformatter()  # one for all frames: a converter per frame costs as much as small frames do
         try:
             for index, frame in decode(source, timeline, [index for index in wanted if index not in done]):
@@ -321,6 +320,12 @@ def read_frames(
         yield from _decode_torchcodec(source, name, timeline, [index for index in wanted if index not in done])
     except MediaError:
         raise verdict from None
+
+
+def decode_wanted(source: str | bytes, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields (index, picture as decoded, not converted): by plan, or from the beginning where seeking is not safe."""
+    first = _decode_sequential if timeline.sequential or timeline.packet_pts is None else _decode_by_plan
+    return first(source, timeline, wanted)
 
 
 def _upright(frame: av.VideoFrame, timeline: Timeline, convert: VideoReformatter) -> np.ndarray:
