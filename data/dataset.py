@@ -175,7 +175,7 @@ def _sample(row, file: str, line: int, root: str | None, names, media_fields) ->
         problem_type = canonical_problem_type(name)
     except ValueError as error:
         raise BadRow(f"problem_type: {error}", "use one of the known names") from None
-    media, media_used = media_of_row(row, root, media_fields)
+    media, media_used = media_of_row(row, root, media_fields, (file, line))
     try:
         media = order_media(question, media)
     except ValueError as error:

@@ -176,9 +176,9 @@ def probe(source: str | bytes, by_decoding: bool = False) -> Timeline:
     rotation = int(first.rotation) % 360
     if rotation % 180 == 90:
         height, width = width, height
-    seekable = {"packet_pts": packets.pts, "keys": packets.keys, "key_dts": packets.key_dts}
+    seekable = {"packet_pts": _compact(packets.pts), "keys": packets.keys, "key_dts": packets.key_dts}
     return Timeline(
-        pts=pts, time_base=time_base, fps=fps, constant_rate=constant_rate, height=height, width=width,
+        pts=_compact(pts), time_base=time_base, fps=fps, constant_rate=constant_rate, height=height, width=width,
         rotation=rotation, codec=codec, container=form, sequential=sequential,
         **({} if sequential else seekable),
     )  # fmt: skip
@@ -217,6 +217,12 @@ def _packet_table(name: str, container, stream) -> tuple[_Packets, av.VideoFrame
     bits = np.frombuffer(bytes(flags), np.uint8)
     columns = (np.array(column, np.int64) for column in (pts, keys, key_dts))
     return _Packets(*columns, (bits & 1) > 0, (bits & 2) > 0), first, failure
+
+
+def _compact(ticks: np.ndarray) -> np.ndarray:
+    """The same ticks in half the memory where they and all their differences fit: they last as long as the decoding."""
+    fits = len(ticks) > 0 and ticks.min() >= -(2**30) and ticks.max() < 2**30
+    return ticks.astype(np.int32) if fits else ticks
 
 
 def _picture(context, packet) -> tuple[av.VideoFrame | None, av.FFmpegError | None]:
@@ -291,9 +297,8 @@ def read_frames(
     if backend != "pyav":
         yield from BACKENDS[backend](source, name, timeline, wanted)
         return
-    first = _decode_sequential if timeline.sequential or timeline.packet_pts is None else _decode_by_plan
     done: set[int] = set()
-    for decode in (first, _decode_sequential):  # the second time without shortcuts
+    for decode in (decode_wanted, _decode_sequential):  # the second time without shortcuts
         convert = VideoReformatter()  # one for all frames: a converter per frame costs as much as small frames do
         try:
             for index, frame in decode(source, timeline, [index for index in wanted if index not in done]):
@@ -315,6 +320,12 @@ def read_frames(
         yield from _decode_torchcodec(source, name, timeline, [index for index in wanted if index not in done])
     except MediaError:
         raise verdict from None
+
+
+def decode_wanted(source: str | bytes, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields (index, picture as decoded, not converted): by plan, or from the beginning where seeking is not safe."""
+    first = _decode_sequential if timeline.sequential or timeline.packet_pts is None else _decode_by_plan
+    return first(source, timeline, wanted)
 
 
 def _upright(frame: av.VideoFrame, timeline: Timeline, convert: VideoReformatter) -> np.ndarray:
@@ -341,12 +352,11 @@ def _decode_sequential(source, timeline: Timeline, wanted: list[int]) -> Iterato
 
 def _decode_by_plan(source, timeline: Timeline, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
     packet_pts, keys = timeline.packet_pts, timeline.keys
-    by_time = np.argsort(packet_pts)
 
     def position_of(pts: int) -> int:
-        """Where the packet of this time stands in decode order, or -1."""
-        place = int(np.searchsorted(packet_pts, pts, sorter=by_time))
-        return int(by_time[place]) if place < len(by_time) and packet_pts[by_time[place]] == pts else -1
+        """Where the packet of this time stands in decode order, or -1. Asked for wanted packets and after a seek only."""
+        found = np.flatnonzero(packet_pts == pts)
+        return int(found[0]) if len(found) else -1
 
     groups: dict[int, list[int]] = {}
     for index in wanted:

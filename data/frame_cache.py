@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from data.decode import MediaError, Timeline, check_file, decoder_version
+from data.failures import failure_key, known_failures
 from data.frame_file import (
     JPEG_QUALITY,
     VERSION,
@@ -34,7 +35,7 @@ from data.frame_file import (
     read_pixels,
     write_entry,
 )
-from data.records import Media, Sample
+from data.records import Media, Sample, StoredBytes
 from data.video import (
     LIST_FPS,
     Frames,
@@ -70,6 +71,8 @@ def source_identity(media: Media, full: bool = False) -> str:
     that a copy has the same identity. Bytes are always hashed in full; a list of frame images by its files and rate.
     Raises MediaError for a file that cannot be read.
     """
+    if isinstance(media.data, StoredBytes):
+        return media.data.digest
     digest = xxhash.xxh3_128()
     if media.data is not None:
         digest.update(media.data)
@@ -181,7 +184,7 @@ class FrameCache:
         self.full = identity == "full"
         self.on_damaged, self.storage = on_damaged, storage
         self._identities: dict[str, tuple[int, int, str]] = {}
-        self._failures = _read_failures(cache_dir) if mode != "off" else {}
+        self._failures = known_failures(cache_dir) if mode != "off" else {}
         self._failed_names = {os.path.basename(record["path"]) for record in self._failures.values()}
 
     def identity(self, media: Media) -> str:
@@ -393,36 +396,6 @@ def mark_cache(cache_dir: str, identity: str | None = None, storage: str | None 
         temporary.write_text(json.dumps(asked) + "\n", encoding="utf-8")
         os.replace(temporary, Path(cache_dir, MARKER))
     return asked["identity"], asked["storage"]
-
-
-def failure_key(identity: str, media: Media) -> str:
-    return f"{identity} {media.start_s} {media.end_s}"
-
-
-def _read_failures(cache_dir: str) -> dict[str, dict[str, str]]:
-    failures = {}
-    for path in sorted(Path(cache_dir).glob("failed*.jsonl")):
-        for record in read_failed(str(path)):
-            if record.get("media_key"):
-                failures[record["media_key"]] = record
-    return failures
-
-
-def read_failed(path: str) -> list[dict[str, Any]]:
-    """The records of a list of failures, [] if there is none. Raises ValueError naming a line that is not one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut names that hold U+2028
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-                records[-1]["file"], records[-1]["line"], records[-1]["path"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number}: is no record of a failure ({error}); delete the line") from None
-    return records
 
 
 def _stored_plan(entry: Entry) -> VideoPlan:

@@ -14,6 +14,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import contextlib
 import importlib
 import json
 import signal
@@ -28,19 +29,18 @@ import xxhash
 from data.dataset import describe_problem, duration_histogram, load, parse_field_names, resolve_field_names
 from data.decode import MediaError, backend_problem
 from data.decode_pool import run_jobs
+from data.failures import failure_key, known_failures, list_name, note_run, read_list, suspects
 from data.frame_cache import (
     DamagedCacheFile,
     FrameCache,
     cache_files,
-    failure_key,
     mark_cache,
     read_entry,
-    read_failed,
     read_pixels,
     source_identity,
     stale_temporaries,
 )
-from data.records import Media
+from data.records import Media, StoredBytes
 from data.rows import BadRow, expand_files, media_of_row, read_rows
 from data.video import VideoSettings, media_name
 
@@ -63,10 +63,10 @@ def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fie
                 if isinstance(row, BadRow):
                     raise row
                 place["id"] = str(next((row[name] for name in ("problem_id", "id") if row.get(name) is not None), ""))
-                named = media_of_row(row, root, fields)[0]
+                named = media_of_row(row, root, fields, (file, line))[0]
                 modality[" and ".join(sorted({media.kind for media in named})) or "text"] += 1
                 for media in named:
-                    name = media_name(media) if media.data is None else xxhash.xxh3_64_hexdigest(media.data)
+                    name = media_name(media) if media.data is None else source_identity(media)
                     if xxhash.xxh3_64_intdigest(name.encode()) % shard[1] == shard[0]:
                         jobs.setdefault(media, []).append(place)
             except BadRow as problem:
@@ -77,6 +77,9 @@ def collect(files: list[str], media_dir: str | None, shard: tuple[int, int], fie
 
 
 def _size(media: Media) -> int:
+    """Bytes by which the longest are done first; those in a column file come last, in its order, and are read once."""
+    if isinstance(media.data, StoredBytes):
+        return 0
     try:
         return os.path.getsize(media.path) if media.path else len(media.data or b"")
     except OSError:
@@ -89,7 +92,7 @@ def preprocess(args, settings: VideoSettings) -> int:
         raise ValueError(f"--decoder {settings.backend}: {problem}; install it or use --decoder pyav")
     if args.media_dir is not None and not os.path.isdir(args.media_dir):
         raise ValueError(f"--media_dir {args.media_dir} does not exist; correct it")
-    failed_file = args.failed_file or _default_failed_file(args)
+    failed_file = args.failed_file or os.path.join(args.cache_dir, list_name("failed", args.shard))
     for flag, folder in (("--cache_dir", args.cache_dir), ("--failed_file", os.path.dirname(failed_file) or ".")):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -133,8 +136,8 @@ def preprocess(args, settings: VideoSettings) -> int:
             interrupted = True
         finally:
             running.close()
-    _write_failed(failed_file, problems, set(expand_files(args.data)))
-    _forget_failures(args.cache_dir, usable, cache)
+    cured = _cured(usable, cache)
+    note_run(args.cache_dir, args.shard, failed_file, problems, set(expand_files(args.data)), cured)
     took = time.monotonic() - started
     kinds = ", ".join(f"{name} {rows}" for name, rows in modality.most_common())
     print(
@@ -170,7 +173,7 @@ def _gold_problems(args, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not failed.exists():
         return []
     seen = {(problem["file"], problem["line"]) for problem in known}
-    found = read_failed(str(failed))
+    found = read_list(str(failed))
     failed.unlink()
     # Missing and empty files come again from the media jobs, under their own reason.
     return [row for row in found if (row["file"], row["line"]) not in seen and not row["path"]]
@@ -186,40 +189,15 @@ def _failure(media: Media, place: dict[str, Any], answer: dict[str, Any], cache:
     return {**place, **detail}
 
 
-def _default_failed_file(args) -> str:
-    index, count = args.shard
-    return os.path.join(args.cache_dir, "failed.jsonl" if count == 1 else f"failed-{index}of{count}.jsonl")
-
-
-def _write_failed(path: str, problems: list[dict[str, Any]], files: set[str]) -> None:
-    """The problems of this run replace those the list has of the same data files; an empty list is no file."""
-    kept = [record for record in read_failed(path) if record["file"] not in files]
-    new = [{"schema_version": 1, **problem} for problem in problems]
-    _replace_failed(path, sorted(kept + new, key=lambda record: (record["file"], record["line"])))
-
-
-def _forget_failures(cache_dir: str, usable: list[Media], cache: FrameCache) -> None:
-    """Media that worked this time leave every list of failures, those of other shards and data files included."""
-    lists = {path: records for path in Path(cache_dir).glob("failed*.jsonl") if (records := read_failed(str(path)))}
-    names = {os.path.basename(record["path"]) for records in lists.values() for record in records}
-    cured = [media for media in usable if os.path.basename(media_name(media)) in names]
-    keys = {failure_key(cache.identity(media), media) for media in cured}
-    for path, records in lists.items():
-        left = [record for record in records if record.get("media_key") not in keys]
-        if len(left) < len(records):
-            _replace_failed(str(path), left)
-
-
-def _replace_failed(path: str, records: list[dict[str, Any]]) -> None:
-    if not records:
-        Path(path).unlink(missing_ok=True)
-        return
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+def _cured(usable: list[Media], cache: FrameCache) -> list[tuple[str, str]]:
+    """(key, path) of the media that worked this time and that some list may call unusable."""
+    names = suspects(cache.cache_dir)
+    cured = []
+    for media in usable:
+        if os.path.basename(media_name(media)) in names:
+            with contextlib.suppress(MediaError):  # it has gone since
+                cured.append((failure_key(cache.identity(media), media), media_name(media)))
+    return cured
 
 
 class Progress:
@@ -305,6 +283,7 @@ def stats(cache_dir: str) -> int:
     for name, files in settings.most_common():
         print(f"  {files} files: {name}")
     print(f"{damaged} damaged, {len(stale_temporaries(cache_dir))} left-over temporaries")
+    print(f"{len(known_failures(cache_dir))} media known to be unusable")
     return 0
 
 

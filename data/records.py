@@ -53,16 +53,35 @@ def canonical_problem_type(name: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Encoded bytes of an image or video that stay in their data file; `data.stored.read_stored` reads them.
+
+    `file` is a Parquet file or a save_to_disk folder, `row` counts from 0, `place` leads to the item: the column, then
+    indices and names within it. `digest` is the xxh3-128 of the bytes, hex. Equal content is equal, wherever it lies.
+    """
+
+    digest: str
+    size: int
+    file: str = field(compare=False)
+    row: int = field(compare=False)
+    place: tuple[str | int, ...] = field(compare=False)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True, slots=True)
 class Media:
     """One image or video of a sample: exactly one of `path`, `data` (encoded bytes) and `frames` is set.
 
+    Bytes in a Parquet file or a save_to_disk folder are not held but noted (StoredBytes).
     `frames` is a list of image files that are a video's frames in order, taken at `fps` frames per second.
     `start_s` / `end_s` cut a video to [start_s, end_s) in seconds of presentation time.
     """
 
     kind: str  # "image" | "video"
     path: str | None = None
-    data: bytes | None = None
+    data: bytes | StoredBytes | None = None
     frames: tuple[str, ...] | None = None
     start_s: float | None = None
     end_s: float | None = None

@@ -6,16 +6,17 @@ and `org/name@split` of the Hugging Face hub (`ms://org/name@split`: ModelScope)
 
 from __future__ import annotations
 
-import base64
 import csv
 import glob
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.records import Media
+from data.records import Media, StoredBytes
+from data.stored import from_base64, is_column_file, keep_place, parquet_rows, saved_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -183,21 +184,15 @@ def _read_csv(file: str):
 
 def _read_parquet(file: str):
     import pyarrow
-    import pyarrow.parquet
 
-    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, _without_nulls(row)
+        for number, row in enumerate(parquet_rows(file), start=1):
+            yield number, _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot be read as Parquet ({error}); re-download it") from None
 
 
 def _read_saved_dataset(folder: str):
-    """The Arrow files of save_to_disk, read as they lie: images stay {bytes, path}, nothing is decoded."""
     import pyarrow
 
     state = Path(folder, "state.json")
@@ -206,14 +201,9 @@ def _read_saved_dataset(folder: str):
         if splits:
             raise ValueError(f"{folder}: holds several splits; name one: {', '.join(f'{folder}/{s}' for s in splits)}")
         raise ValueError(f"{folder}: is a folder without state.json; give files, a glob, or a save_to_disk folder")
-    number = 0
     try:
-        for part in json.loads(state.read_text())["_data_files"]:
-            with pyarrow.memory_map(str(Path(folder, part["filename"]))) as source:
-                for batch in pyarrow.ipc.open_stream(source):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, _without_nulls(row)
+        for number, row in enumerate(saved_rows(folder), start=1):
+            yield number, _without_nulls(row)
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{folder}: cannot be read as a saved dataset ({error})") from None
 
@@ -258,15 +248,22 @@ MEDIA_FIELDS = {
     "path": "",
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+")  # every JPEG begins with "/9j/": a slash says nothing
 WINDOW_FIELDS = (("video_start", "video_end"), ("start_s", "end_s"))
 
 
-def media_of_row(row: dict[str, Any], media_dir: str | None = None, fields: dict[str, str] | None = None):
+def media_of_row(
+    row: dict[str, Any],
+    media_dir: str | None = None,
+    fields: dict[str, str] | None = None,
+    origin: tuple[str, int] | None = None,
+) -> tuple[tuple[Media, ...], set[str]]:
     """(media, names of the fields used): every video and image a row names, in the order of its fields.
 
     An item is a path (relative: to media_dir), bytes, {"bytes", "path"}, {"path" or "video" or "image", "start_s",
     "end_s", "fps"}, base64, or, for a video, a list of frame images. `video_start` / `video_end` of the row cut its
-    only video. Beside `path`, `video` and `image` name nothing more. Raises BadRow.
+    only video. Beside `path`, `video` and `image` name nothing more. origin: (file, line) as read_rows gave them; then
+    bytes that can be read there again are noted (StoredBytes) and not held. Raises BadRow.
     """
     media: list[Media] = []
     used: set[str] = set()
@@ -282,10 +279,11 @@ def media_of_row(row: dict[str, Any], media_dir: str | None = None, fields: dict
         items = value if isinstance(value, (list, tuple)) else [value]
         if name == "video" and isinstance(value, (list, tuple)) and value and all(_is_image(item) for item in value):
             items = [list(value)]  # one video given as its frames
-        for item in items:
+        for number, item in enumerate(items):
             if item is None or (isinstance(item, (str, list)) and not item):
                 raise BadRow(f"{name}: empty entry", "give a path, or leave the field out")
-            media.append(_medium(kind or _kind(row, item), item, name, media_dir))
+            place = (name, number) if isinstance(value, (list, tuple)) else (name,)
+            media.append(_medium(kind or _kind(row, item), item, name, media_dir, _keeper(origin, place)))
     for start_name, end_name in WINDOW_FIELDS:
         if row.get(start_name) is None and row.get(end_name) is None:
             continue
@@ -326,14 +324,28 @@ def _cut(media: Media, start: float | None, end: float | None, name: str) -> Med
     return Media(media.kind, media.path, media.data, media.frames, start, end, media.fps)
 
 
-def _medium(kind: str, item: Any, name: str, media_dir: str | None) -> Media:
+Keep = Callable[..., bytes | StoredBytes]  # (bytes, names and indices that lead from the item to them)
+
+
+def _keeper(origin: tuple[str, int] | None, place: tuple[str | int, ...]) -> Keep:
+    """What becomes of bytes found in the item at `place` of the row at `origin`."""
+
+    def keep(data: bytes, *further: str | int) -> bytes | StoredBytes:
+        if origin is None or not is_column_file(origin[0]):
+            return data
+        return keep_place(data, origin[0], origin[1] - 1, (*place, *further))
+
+    return keep
+
+
+def _medium(kind: str, item: Any, name: str, media_dir: str | None, keep: Keep) -> Media:
     if isinstance(item, (bytes, bytearray)):
-        return Media(kind, data=bytes(item))
+        return Media(kind, data=keep(bytes(item)))
     if isinstance(item, str):
         if item.startswith("data:"):
-            return Media(kind, data=_base64(item, name))
-        if len(item) > 1024 and "/" not in item[:16] and "." not in item[:1024]:
-            return Media(kind, data=_base64(item, name))
+            return Media(kind, data=keep(_base64(item, name)))
+        if len(item) > 1024 and BASE64.fullmatch(item, 0, 1024):
+            return Media(kind, data=keep(_base64(item, name)))
         return Media(kind, path=_full_path(item, media_dir, name))
     if isinstance(item, (list, tuple)):
         if kind != "video" or not all(isinstance(frame, str) for frame in item):
@@ -342,11 +354,11 @@ def _medium(kind: str, item: Any, name: str, media_dir: str | None) -> Media:
     if isinstance(item, dict):
         if item.get("bytes"):
             data = item["bytes"]
-            return Media(kind, data=_base64(data, name) if isinstance(data, str) else bytes(data))
-        inner = next((item[key] for key in ("path", "video", "image", "frames") if item.get(key)), None)
+            return Media(kind, data=keep(_base64(data, name) if isinstance(data, str) else bytes(data), "bytes"))
+        inner = next((key for key in ("path", "video", "image", "frames") if item.get(key)), None)
         if inner is None:
             raise BadRow(f"{name}: an entry has neither path nor bytes", 'write {"path": ...}')
-        base = _medium(kind, inner, name, media_dir)
+        base = _medium(kind, item[inner], name, media_dir, lambda data, *further: keep(data, inner, *further))
         fps = _seconds(item.get("fps"), f"{name}.fps")
         start, end = _seconds(item.get("start_s"), f"{name}.start_s"), _seconds(item.get("end_s"), f"{name}.end_s")
         return _cut(Media(kind, base.path, base.data, base.frames, None, None, fps), start, end, name)
@@ -355,8 +367,7 @@ def _medium(kind: str, item: Any, name: str, media_dir: str | None) -> Media:
 
 def _base64(text: str, name: str) -> bytes:
     try:
-        payload = text.partition("base64,")[2] if text.startswith("data:") else text
-        return base64.b64decode(payload, validate=True)
+        return from_base64(text)
     except ValueError:
         raise BadRow(f"{name}: is not valid base64", "write the file's bytes in base64, or a path") from None
 

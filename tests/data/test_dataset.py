@@ -271,10 +271,13 @@ def test_images_of_parquet_reach_the_pixels(folder):
         assert sample.data_type == "image", name
         np.testing.assert_array_equal(image_pixels(sample.media[0]), pixels)
     noise = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG")
-    (sample,) = load([write(folder / "b.jsonl", [{**ROW, "image": base64.b64encode(buffer.getvalue()).decode()}])])
-    np.testing.assert_array_equal(image_pixels(sample.media[0]), noise)  # plain base64, long enough to be no path
+    for form in ("PNG", "JPEG"):  # plain base64, long enough to be no path; a JPEG's begins with a slash
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, form)
+        plain = base64.b64encode(buffer.getvalue()).decode()
+        assert plain.startswith("/9j/") == (form == "JPEG")
+        (sample,) = load([write(folder / "b.jsonl", [{**ROW, "image": plain}])])
+        np.testing.assert_array_equal(image_pixels(sample.media[0]), np.asarray(Image.open(buffer)))
 
 
 def test_hub_names_and_the_modelscope_switch(folder, monkeypatch):

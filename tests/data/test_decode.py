@@ -59,6 +59,20 @@ def test_any_subset_by_plan(tmp_path, name, wanted):
     assert {index: read_number(picture.transpose(2, 0, 1)) for index, picture in got.items()} == {i: i for i in wanted}
 
 
+@pytest.mark.parametrize("step_s, held", [(10, np.int32), (100, np.int64)])
+def test_tables_are_small_where_ticks_are(tmp_path, step_s, held):
+    """20 frames, one each 10 s or 100 s at a million ticks per second: 1.9e8 ticks fit half the memory, 1.9e9 do not."""
+    ticks = [number * step_s * 1_000_000 for number in range(20)]
+    path = make_clip(tmp_path / "slow.mp4", frames=20, times=ticks, time_base=Fraction(1, 1_000_000))
+    timeline = probe(path)
+    assert timeline.pts.dtype == timeline.packet_pts.dtype == held and not timeline.sequential
+    assert timeline.times_s.tolist() == [number * float(step_s) for number in range(20)]
+    wanted = [3, 11, 12, 19]
+    assert {index: read_number(frame.transpose(2, 0, 1)) for index, frame in read_frames(path, timeline, wanted)} == {
+        index: index for index in wanted
+    }
+
+
 def test_plan_really_seeks(tmp_path):
     """Frames far apart in a long clip with short groups: the seek path, which short clips do not reach."""
     path = make_clip(tmp_path / "long.mp4", frames=250, height=32, width=64)

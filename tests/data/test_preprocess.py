@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import preprocess
+from data import failures, preprocess
 from data.decode_pool import run_jobs
 from data.frame_cache import FrameCache, cache_files, read_entry, read_pixels
 from data.records import Media, Sample
@@ -162,8 +162,14 @@ def test_failures_of_other_files_stay_and_cured_ones_go(tmp_path):
         FrameCache(str(cache_dir), "require").frames(Media("video", path=late), SETTINGS)
     assert preprocess.main(["--data", val, *command]) == 0
     listed = [json.loads(line)["id"] for line in (cache_dir / "failed.jsonl").read_text().splitlines()]
-    assert listed == ["torn", "gone"] and not (cache_dir / "failed-0of2.jsonl").exists()
+    assert listed == ["torn", "gone"]
     assert len(FrameCache(str(cache_dir), "require").frames(Media("video", path=late), SETTINGS).indices) == 4
+    # The other shard's list is its own: it forgets when it runs again, and then the cure is no longer needed.
+    assert json.loads((cache_dir / "failed-0of2.jsonl").read_text())["id"] == "fine"
+    assert json.loads((cache_dir / "cured.jsonl").read_text())["media_key"] == key
+    assert preprocess.main(["--data", train, "--shard", "0/2", *command]) == 0
+    assert '"fine"' not in "".join(path.read_text() for path in cache_dir.glob("failed*.jsonl"))
+    assert preprocess.main(["--data", train, *command]) == 0 and not (cache_dir / "cured.jsonl").exists()
 
 
 def test_the_way_a_cache_was_made_is_found_without_flags(tmp_path, capsys):
@@ -227,6 +233,97 @@ def test_shards_part_the_work(tmp_path):
         command = ["--data", file, "--cache_dir", cache_dir, "--shard", f"{i}/3", "--workers", "1", *FLAGS]
         assert preprocess.main(command) == 0
     assert len(cache_files(cache_dir)) == 9
+
+
+WAIT_BEFORE_WRITING = """
+import pathlib, sys, time
+from data import failures, preprocess
+write, here = failures._replace, pathlib.Path(sys.argv[1])
+def wait_for_the_other(path, records):
+    (here / f"read-{sys.argv[2]}").touch()
+    while len(list(here.glob("read-*"))) < 2:
+        time.sleep(0.002)
+    write(path, records)
+failures._replace = wait_for_the_other
+failures.fcntl.flock = lambda *_: None  # a disk without locks
+sys.exit(preprocess.main(sys.argv[3:]))
+"""
+
+
+def test_shards_that_run_at_the_same_time_keep_each_others_lists(tmp_path):
+    """Two shards have both read all lists before either writes. Each cures a medium of the other's list and finds a
+    failure of its own; an earlier layout's list belongs to nobody who runs. Nothing may be lost, whoever writes last."""
+    paths = clips(tmp_path, 8, frames=6)
+    place = {path: shard for shard in (0, 1) for path in shard_of(tmp_path, paths, shard)}
+    mine = [[path for path in paths if place[path] == shard] for shard in (0, 1)]
+    assert min(map(len, mine)) >= 3
+    cache_dir = tmp_path / "cache"
+    cache_dir.mkdir()
+    cache = FrameCache(str(cache_dir))
+
+    def listed(path: str) -> str:
+        key = f"{cache.identity(Media('video', path=path))} None None"
+        record = {"file": "other.jsonl", "line": 1, "id": "x", "path": path, "reason": "took over 1 s", "remedy": "y"}
+        return json.dumps({**record, "media_key": key}) + "\n"
+
+    for shard in (0, 1):
+        Path(mine[shard][0]).write_bytes(Path(mine[shard][0]).read_bytes()[:700])  # now truncated
+        (cache_dir / f"failed-{shard}of2.jsonl").write_text(listed(mine[1 - shard][1]))
+    (cache_dir / "failed-2of3.jsonl").write_text(listed(mine[0][2]) + listed(mine[1][2]))
+    file = write(tmp_path / "d.jsonl", [{"videos": [path]} for path in paths])
+    (tmp_path / "both").mkdir()
+    command = ["--data", file, "--cache_dir", str(cache_dir), "--workers", "1", *FLAGS]
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nif __name__ == '__main__':\n" + "".join(
+        f"    {line}\n" for line in WAIT_BEFORE_WRITING.strip().splitlines()
+    ))  # fmt: skip
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path / "both"), str(shard), *command, "--shard", f"{shard}/2"],
+            stdout=subprocess.DEVNULL,
+        )
+        for shard in (0, 1)
+    ]
+    assert [process.wait(timeout=120) for process in both] == [1, 1]
+    cache = FrameCache(str(cache_dir))
+    unusable = [path for path in paths if cache.known_failure(Media("video", path=path))]
+    assert sorted(unusable) == sorted([mine[0][0], mine[1][0]])
+    for shard in (0, 1):  # each list holds its own shard's failure beside the row of a data file it did not see
+        text = (cache_dir / f"failed-{shard}of2.jsonl").read_text()
+        assert [json.loads(row)["path"] for row in text.splitlines()] == [mine[shard][0], mine[1 - shard][1]]
+    assert not list(cache_dir.glob("*.tmp-*"))
+    # The next runs tidy their own lists; the failure found later than a cure counts again.
+    assert preprocess.main([*command, "--shard", "0/2"]) == 1
+    assert mine[1][1] not in (cache_dir / "failed-0of2.jsonl").read_text()
+
+
+def shard_of(folder: Path, paths: list[str], shard: int) -> list[str]:
+    file = write(folder / "all.jsonl", [{"videos": [path]} for path in paths])
+    return [media.path for media in preprocess.collect([file], None, (shard, 2), None)[0]]
+
+
+def test_a_later_failure_outlives_an_earlier_cure(tmp_path):
+    """attempt is a logical clock: failed 1, cured 2, failed 3; the cure wins a tie; rows of old lists count 0."""
+
+    def note(shard, problems, usable):
+        own = tmp_path / failures.list_name("failed", shard)
+        failures.note_run(str(tmp_path), shard, str(own), problems, {"d"}, usable)
+        return set(failures.known_failures(str(tmp_path)))
+
+    bad = {"file": "d", "line": 1, "id": "", "path": "a.mp4", "reason": "r", "remedy": "m", "media_key": "k"}
+    (tmp_path / "failed-4of9.jsonl").write_text(json.dumps(bad) + "\n")
+    assert failures.known_failures(str(tmp_path)).keys() == {"k"}
+    assert note((0, 2), [], [("k", "a.mp4")]) == set()
+    assert json.loads((tmp_path / "cured-0of2.jsonl").read_text())["attempt"] == 1
+    assert note((1, 2), [bad], []) == {"k"}
+    assert json.loads((tmp_path / "failed-1of2.jsonl").read_text())["attempt"] == 2
+    assert note((0, 2), [], [("k", "a.mp4")]) == set()
+    assert note((2, 3), [bad], []) == {"k"}
+    (tmp_path / "cured-7of9.jsonl").write_text(json.dumps({"path": "a.mp4", "media_key": "k", "attempt": 4}) + "\n")
+    assert set(failures.known_failures(str(tmp_path))) == set()
+    (tmp_path / "cured-7of9.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"cured-7of9\.jsonl:1: is no record"):
+        failures.known_failures(str(tmp_path))
 
 
 def test_care_of_the_cache(tmp_path, capsys):

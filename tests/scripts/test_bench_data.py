@@ -56,6 +56,6 @@ def test_a_short_run(tmp_path):
     figures = json.loads(out.read_text())
     clip = figures["b_frames_g30-10s"]
     assert clip["recipe"]["digest"] == clip["exact"]["digest"] != clip["native"]["digest"]
-    assert clip["recipe"]["frames"] == clip["exact"]["frames"] == 20 and clip["decode"]["frames"] == 300
+    assert clip["recipe"]["frames"] == clip["exact"]["frames"] == 20 and clip["bound"]["frames"] == 20
     assert 0.25 <= clip["exact"]["bytes"] / clip["recipe"]["bytes"] < 0.2505
     assert set(figures["memory_mb"]) == {"10 s", "20 s"}
