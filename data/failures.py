@@ -46,8 +46,11 @@ def read_list(path: str, fields: tuple[str, ...] = ("file", "line", "path")) -> 
             try:
                 record = json.loads(line)
                 records.append(record)
-                [record[name] for name in fields]
-                int(record.get("attempt", 0))
+                texts = [record[name] for name in fields if name != "line"] + [record.get("media_key") or ""]
+                if not all(isinstance(text, str) for text in texts) or not isinstance(record.get("attempt", 0), int):
+                    raise ValueError("file, path and media_key are texts, attempt is a whole number")
+                if "line" in fields and not isinstance(record["line"], int):
+                    raise ValueError("line is a whole number")
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path}:{number}: is no record of a failure ({error}); delete the line") from None
     return records
@@ -72,11 +75,13 @@ def note_run(
     problems: list[dict[str, Any]],
     files: set[str],
     usable: Iterable[tuple[str, str]],
+    finished: bool = True,
 ) -> None:
     """Writes what a run of `shard` over the data files `files` found into this shard's own lists.
 
     problems: {file, line, id, path, reason, remedy[, media_key]}; they replace what `failed_file` has of the same data
-    files. usable: (key, path) of the suspects that worked. An empty list is no file.
+    files; of a run that was interrupted they replace those of the same rows only. usable: (key, path) of the suspects that
+    worked. An empty list is no file.
     """
     own = os.path.realpath(failed_file)
     with _alone(cache_dir):
@@ -91,10 +96,12 @@ def note_run(
         for record in new:
             if record.get("media_key"):
                 record["attempt"] = following(record["media_key"])
+        seen = {(problem["file"], problem["line"], problem["path"]) for problem in problems}
         kept = [
             record
             for record in read_list(failed_file)
-            if record["file"] not in files
+            if (record["file"] not in files or not finished)
+            and (record["file"], record["line"], record["path"]) not in seen
             and (key := record.get("media_key")) not in works
             and not (key and _attempt(record) <= _attempt(newest_cured.get(key)))
         ]

@@ -92,6 +92,8 @@ def preprocess(args, settings: VideoSettings) -> int:
         raise ValueError(f"--decoder {settings.backend}: {problem}; install it or use --decoder pyav")
     if args.media_dir is not None and not os.path.isdir(args.media_dir):
         raise ValueError(f"--media_dir {args.media_dir} does not exist; correct it")
+    if args.failed_file and args.shard[1] > 1:
+        raise ValueError("--failed_file with --shard: shards would overwrite each other's rows in it; leave it out")
     failed_file = args.failed_file or os.path.join(args.cache_dir, list_name("failed", args.shard))
     for flag, folder in (("--cache_dir", args.cache_dir), ("--failed_file", os.path.dirname(failed_file) or ".")):
         try:
@@ -137,7 +139,9 @@ def preprocess(args, settings: VideoSettings) -> int:
         finally:
             running.close()
     cured = _cured(usable, cache)
-    note_run(args.cache_dir, args.shard, failed_file, problems, set(expand_files(args.data)), cured)
+    note_run(
+        args.cache_dir, args.shard, failed_file, problems, set(expand_files(args.data)), cured, finished=not interrupted
+    )
     took = time.monotonic() - started
     kinds = ", ".join(f"{name} {rows}" for name, rows in modality.most_common())
     print(

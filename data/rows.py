@@ -354,6 +354,8 @@ def _medium(kind: str, item: Any, name: str, media_dir: str | None, keep: Keep) 
     if isinstance(item, dict):
         if item.get("bytes"):
             data = item["bytes"]
+            if not isinstance(data, (str, bytes, bytearray)):
+                raise BadRow(f"{name}: bytes is {type(data).__name__}", "write the file's bytes, or their base64")
             return Media(kind, data=keep(_base64(data, name) if isinstance(data, str) else bytes(data), "bytes"))
         inner = next((key for key in ("path", "video", "image", "frames") if item.get(key)), None)
         if inner is None:

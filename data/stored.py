@@ -48,7 +48,9 @@ def read_stored(stored: StoredBytes) -> bytes:
         value = _cell(stored.file, stored.row, str(stored.place[0]))
         for step in stored.place[1:]:
             value = value[step]
-        data = from_base64(value) if isinstance(value, str) else bytes(value)
+        if not isinstance(value, (str, bytes)):
+            raise TypeError(f"{type(value).__name__} in place of bytes")
+        data = from_base64(value) if isinstance(value, str) else value
     except (pyarrow.ArrowException, KeyError, IndexError, TypeError, StopIteration) as error:
         _place.of = None
         raise ValueError(f"cannot be read from {stored.file}, row {stored.row + 1} ({error})") from None
@@ -59,8 +61,11 @@ def read_stored(stored: StoredBytes) -> bytes:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a base64 text or data URI. Raises ValueError."""
-    return base64.b64decode(text.partition("base64,")[2] if text.startswith("data:") else text, validate=True)
+    """The bytes of a base64 text or data URI; lines may be broken. Raises ValueError."""
+    text = text.partition("base64,")[2] if text.startswith("data:") else text
+    if any(space in text for space in "\n\r\t "):
+        text = "".join(text.split())
+    return base64.b64decode(text, validate=True)
 
 
 def parquet_rows(file: str) -> Iterator[dict[str, Any]]:
@@ -128,6 +133,7 @@ class _Place(threading.local):
     """Where this thread read last: the next row of the same row group is read on from there, not from its beginning."""
 
     of: tuple[str, str] | None = None  # file, column
+    stamp: tuple[tuple[str, int, int], ...] = ()  # of the file when it was opened
     first = end = 0  # rows of the batch in hand
     last = 0  # end of its row group
     batch: Any = None
@@ -137,10 +143,18 @@ class _Place(threading.local):
 _place = _Place()
 
 
+def _stamp(file: str) -> tuple[tuple[str, int, int], ...]:
+    """What a file, or the parts of a saved folder, were when they were opened: a mapped part that was written again since then
+    must not be touched, which would end the process."""
+    parts = sorted(Path(file).glob("*.arrow")) if os.path.isdir(file) else [file]
+    return tuple(_version(str(part)) for part in parts)
+
+
 def _cell(file: str, row: int, column: str) -> Any:
     """The value of one column in one row (from 0)."""
-    if _place.of != (file, column) or not _place.first <= row < _place.last:
-        _place.of = None  # not half moved, if opening fails
+    stamp = _stamp(file)
+    if (_place.of, _place.stamp) != ((file, column), stamp) or not _place.first <= row < _place.last:
+        _place.of, _place.stamp, _place.batch = None, stamp, None  # not half moved, if opening fails
         open_at = _open_saved if os.path.isdir(file) else _open_parquet
         _place.first, _place.last, _place.batches = open_at(file, row, column)
         _place.end, _place.batch, _place.of = _place.first, None, (file, column)

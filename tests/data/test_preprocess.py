@@ -483,3 +483,28 @@ def test_two_thousand_files_a_tenth_of_them_bad(tmp_path):
     failed = [json.loads(line) for line in Path(cache_dir, "failed.jsonl").read_text().splitlines()]
     assert [row["id"] for row in failed] == [str(i) for i in range(0, 2000, 10)]
     assert len(cache_files(cache_dir)) == 1800
+
+
+def test_an_interrupted_run_keeps_what_it_did_not_look_at(tmp_path):
+    """Rows 1 and 2 failed before; a run that ended after row 2 says something else of it and nothing of row 1."""
+    path, shard = tmp_path / "failed.jsonl", (0, 1)
+    row = {"file": "d.jsonl", "id": "x", "remedy": "", "reason": "old"}
+    first = [{**row, "line": n, "path": f"{n}.mp4", "media_key": f"k{n}"} for n in (1, 2)]
+    failures.note_run(str(tmp_path), shard, str(path), first, {"d.jsonl"}, [])
+    again = [{**first[1], "reason": "new"}]
+    failures.note_run(str(tmp_path), shard, str(path), again, {"d.jsonl"}, [], finished=False)
+    assert [(r["line"], r["reason"]) for r in failures.read_list(str(path))] == [(1, "old"), (2, "new")]
+    failures.note_run(str(tmp_path), shard, str(path), [], {"d.jsonl"}, [("k2", "2.mp4")], finished=False)
+    assert [r["line"] for r in failures.read_list(str(path))] == [1]
+    failures.note_run(str(tmp_path), shard, str(path), [], {"d.jsonl"}, [])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "more", [{"attempt": "3"}, {"attempt": 1.5}, {"media_key": ["k"]}, {"path": None}, {"line": "1"}]
+)
+def test_a_damaged_list_names_its_line(tmp_path, more):
+    path = tmp_path / "failed.jsonl"
+    path.write_text(json.dumps({"file": "a", "line": 1, "path": "v.mp4", "media_key": "k", **more}) + "\n")
+    with pytest.raises(ValueError, match=r"failed\.jsonl:1: is no record of a failure .*delete the line"):
+        failures.known_failures(str(tmp_path))

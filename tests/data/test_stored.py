@@ -185,3 +185,36 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in ROW] + [("images", pyarrow.list_(pyarrow.binary()))])
+
+
+def test_a_saved_folder_written_again_is_an_error_and_no_crash(tmp_path):
+    """The old part is still mapped when its file is cut and written anew: touching the map would end the process."""
+
+    def save(contents: list[bytes]) -> None:
+        table = pyarrow.table({"problem": ["How many?"] * len(contents), "image": contents})
+        with (
+            pyarrow.OSFile(str(tmp_path / "d.arrow"), "wb") as out,
+            pyarrow.ipc.new_stream(out, table.schema) as writer,
+        ):
+            writer.write_table(table, 5)
+
+    contents = noise(20, 5000)
+    save(contents)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "d.arrow"}]}))
+    places = [stored.keep_place(content, str(tmp_path), row, ("image",)) for row, content in enumerate(contents)]
+    assert stored.read_stored(places[0]) == contents[0]
+    save(contents[:2])
+    assert stored.read_stored(places[1]) == contents[1]
+    with pytest.raises(ValueError, match=r"row 4 .*2 rows"):
+        stored.read_stored(places[3])
+
+
+@pytest.mark.parametrize("value", [[1, 300], {"a": 1}, 10**13, True])
+def test_bytes_that_are_none_are_one_bad_row(tmp_path, value):
+    good = {**ROW, "image": {"bytes": base64.encodebytes(png(0)).decode()}}  # with line breaks
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, {**ROW, "image": {"bytes": value}})))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: .*bytes is (list|dict|int|bool)"):
+        load([str(file)])
+    (sample,) = load([str(file)], on_bad_sample="skip")
+    assert sample.media[0].data == png(0)
