@@ -253,7 +253,7 @@ sys.exit(preprocess.main(sys.argv[3:]))
 def test_shards_that_run_at_the_same_time_keep_each_others_lists(tmp_path):
     """Two shards have both read all lists before either writes. Each cures a medium of the other's list and finds a
     failure of its own; an earlier layout's list belongs to nobody who runs. Nothing may be lost, whoever writes last."""
-    paths = clips(tmp_path, 8, frames=6)
+    paths = clips(tmp_path, 24, frames=6)  # by a hash of their paths: three and more each
     place = {path: shard for shard in (0, 1) for path in shard_of(tmp_path, paths, shard)}
     mine = [[path for path in paths if place[path] == shard] for shard in (0, 1)]
     assert min(map(len, mine)) >= 3
