@@ -119,11 +119,13 @@ class LoaderThreads:
 
     def __init__(self, count: int):
         self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         for _ in range(count):
             self._start_thread()
 
     def _start_thread(self) -> None:
-        threading.Thread(target=self._serve, name="loader", daemon=True).start()
+        self._threads.append(threading.Thread(target=self._serve, name="loader", daemon=True))
+        self._threads[-1].start()
 
     def _serve(self) -> None:
         while True:
@@ -155,9 +157,14 @@ class LoaderThreads:
             self._start_thread()
             raise
 
-    def close(self, count: int) -> None:
+    def close(self, count: int, wait_s: float = 3.0) -> None:
+        """Ends the threads, and waits a little for what they are in the middle of: the interpreter's exit would stop a thread
+        inside a library's C++ code, which ends the process by SIGABRT instead of with its status."""
         for _ in range(count):
             self._work.put((None, None, threading.Event(), None, ()))
+        until = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _settle(future: asyncio.Future, result: Any, error: BaseException | None) -> None:
@@ -489,6 +496,6 @@ async def run_pipeline(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
-        threads.close(limits.loaders)
         stats.peak_bytes, stats.wall_s = gate.peak, time.perf_counter() - began
+        threads.close(limits.loaders)
     return stats
