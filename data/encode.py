@@ -318,8 +318,8 @@ class Encoder:
         """Positions per temporal patch. The seconds pass through float32 because vLLM carries them in such a tensor."""
         if shape.kind == "image" or self.family != "qwen2_5_vl":
             return 1.0
-        sampled_fps = len(shape.indices) / shape.source_frames * shape.fps
-        return float(np.float32(self.temporal_patch / sampled_fps)) * self.tokens_per_second
+        fps = sampled_fps(len(shape.indices), shape.source_frames, shape.fps)
+        return float(np.float32(self.temporal_patch / fps)) * self.tokens_per_second
 
     def _vllm_prompt(self, text: str, shapes: list[VisualShape], frames: list[np.ndarray], keys: list[str]) -> dict:
         """What LLM.generate takes: text with one marker per medium, frames, and the order not to touch them."""
@@ -347,6 +347,11 @@ class Encoder:
     def _where(sample: Sample) -> str:
         place = f"{sample.file}:{sample.line}: " if sample.file else ""
         return f"{place}sample {sample.id}"
+
+
+def sampled_fps(frames: int, source_frames: int, source_fps: float) -> float:
+    """Frames per second of a clip sampled to `frames`, as the Hugging Face processors have it."""
+    return frames / source_frames * source_fps
 
 
 def _note_frame(extra: dict[str, Any], media: Media, shape: VisualShape, family: str) -> None:

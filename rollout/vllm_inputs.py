@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from data.encode import VIDEO, VISION_END, VISION_START, Encoder
+from data.encode import VISION_END, VISION_START, Encoder, sampled_fps
 from data.normalise import normalise
 from data.records import Prompt
 from rollout import vllm_access
@@ -47,8 +47,7 @@ class EngineInputs:
         kinds = tuple(sorted(set(prompt.grid_kinds)))
         if kinds not in self.equal:
             theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
-            self._compare(kinds, prompt, theirs)
-            return self.make(prompt) if self.equal[kinds] else theirs
+            return self._compare(kinds, prompt, theirs) or theirs
         return self.make(prompt) if self.equal[kinds] else prompt.vllm_prompt
 
     def make(self, prompt: Prompt) -> dict[str, Any]:
@@ -65,9 +64,11 @@ class EngineInputs:
             if encoder.frames_stand_apart:
                 values["timestamps"] = [list(times) for times in prompt.timestamps]
             elif encoder.family == "qwen2_5_vl":
-                values[SECONDS] = torch.tensor(
-                    [encoder.temporal_patch / sampled_fps(about) for _, about in metadata]
-                )
+                rates = [
+                    sampled_fps(len(about["frames_indices"]), about["total_num_frames"], about["fps"])
+                    for _, about in metadata
+                ]
+                values[SECONDS] = torch.tensor([encoder.temporal_patch / rate for rate in rates])
         return {
             "type": "multimodal",
             "prompt_token_ids": prompt.input_ids.tolist(),
@@ -85,7 +86,7 @@ class EngineInputs:
     def _placeholders(self, prompt: Prompt) -> dict[str, list]:
         """Where each medium's tokens stand. A video whose frames stand apart covers its times and inner markers, too."""
         encoder, ids = self.encoder, torch.from_numpy(prompt.input_ids)
-        start_id, end_id, video_id = encoder.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END, VIDEO])
+        start_id, end_id = encoder.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
         visual = torch.from_numpy(prompt.mm_type_ids).ne(0).nonzero()[:, 0].tolist()
         starts = ids.eq(start_id).nonzero()[:, 0].tolist()
         found: dict[str, list] = {}
@@ -98,18 +99,20 @@ class EngineInputs:
             if kind == "video" and encoder.frames_stand_apart:
                 outer = [at for at in starts if at < first][-2:]  # the video's own marker, and its first frame's
                 first, last = (outer[0] if len(outer) == 2 else first) + 1, last + 1
-                mask = ids[first : last + 1].eq(video_id)
+                mask = ids[first : last + 1].eq(encoder.video_id)
                 if int(ids[last]) != end_id:
                     raise ValueError(f"sample {prompt.sample.id}: its last frame is not followed by {VISION_END}")
             found.setdefault(kind, []).append(vllm_access.placeholder(first, last + 1 - first, mask))
         return found
 
-    def _compare(self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any]) -> None:
-        """Learn from vLLM's own rendering of this prompt whether ours is the same, and say if it is not."""
+    def _compare(self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any]) -> dict[str, Any] | None:
+        """Learn from vLLM's own rendering of this prompt whether ours is the same, and say if it is not -> ours if it is."""
         pixels = next(iter(theirs["mm_kwargs"][kinds[0]]))[PIXELS[kinds[0]]].data
         self._dtype = pixels.dtype
+        ours = None
         try:
-            why = difference(self.make(prompt), theirs)
+            ours = self.make(prompt)
+            why = difference(ours, theirs)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
         self.equal[kinds] = why is None
@@ -118,11 +121,7 @@ class EngineInputs:
                 f"prompts with {' and '.join(kinds)} are rendered by vLLM, which takes longer: ours differs ({why})",
                 stacklevel=2,
             )
-
-
-def sampled_fps(metadata: dict[str, Any]) -> float:
-    """Frames per second of a sampled clip, as the Hugging Face processors have it."""
-    return len(metadata["frames_indices"]) / metadata["total_num_frames"] * metadata["fps"]
+        return None if why else ours
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -61,7 +61,8 @@ def rollout_correction(
         "mismatch/unknown": ((asked & ~known).double().sum(), asked.double().sum()),
     }
     for kind in sorted(set(data_types or ())):
-        rows = torch.tensor([other == kind for other in data_types or ()], device=known.device).view(-1, 1) & known
+        of_kind = torch.tensor([other == kind for other in data_types or ()])
+        rows = of_kind.to(known.device, non_blocking=True).view(-1, 1) & known  # without waiting for the forward pass
         total = torch.where(rows, log_w.abs(), torch.zeros_like(log_w)).double().sum()
         metrics[f"mismatch/abs_log_ratio/{kind}"] = (total, rows.double().sum())
     maxima = {"mismatch/abs_log_ratio_max": log_w.abs().amax(), "mismatch/prob_diff_max": prob_diff.amax()}

@@ -46,6 +46,14 @@ def make_args(model: str, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**values, **changes})
 
 
+def start_on_cpu() -> tuple[torch.device, int, int]:
+    """What the programs of Policy on a CPU do first -> (device, rank, ranks)."""
+    torch.set_num_threads(1)
+    device = distributed.init(device="cpu")
+    distributed.init_deepspeed(device)
+    return device, distributed.rank(), distributed.world_size()
+
+
 def weighted(logprobs, denominator: float):
     """A loss whose weight of a token depends on its place, so that rows and columns cannot be mixed up unseen."""
     places = 1.0 + torch.arange(logprobs.shape[1])[None, :] / 10
@@ -62,10 +70,7 @@ def update(policy, micro_batches, denominator: float, lr: float = 1e-3) -> dict:
 
 def main() -> None:
     model_dir, out = sys.argv[1:3]
-    torch.set_num_threads(1)
-    device = distributed.init(device="cpu")
-    distributed.init_deepspeed(device)
-    rank, world = distributed.rank(), distributed.world_size()
+    device, rank, world = start_on_cpu()
     policy = build_policy(make_args(model_dir), device=device, banned_ids=(440, 441))
     maker = PromptMaker(model_dir, policy.model.config)
     groups = [maker.group(*case)[0] for case in CASES]

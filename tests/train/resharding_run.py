@@ -18,7 +18,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from tests.train.packed_cases import PromptMaker
-from tests.train.policy_run import CASES, make_args, update
+from tests.train.policy_run import CASES, make_args, start_on_cpu, update
 from train import distributed, resharding
 from train.batching import dummy_group
 from train.policy import build_policy
@@ -48,10 +48,7 @@ def snapshot(policy) -> dict:
 
 def main() -> None:
     what, model_dir, folder, out, *rest = sys.argv[1:]
-    torch.set_num_threads(1)
-    device = distributed.init(device="cpu")
-    distributed.init_deepspeed(device)
-    rank, world = distributed.rank(), distributed.world_size()
+    device, rank, world = start_on_cpu()
     policy = build_policy(
         make_args(model_dir, dtype="bf16" if rest else "fp32", optimizer=(rest or ["adamw"])[0]), device=device
     )

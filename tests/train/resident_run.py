@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from transformers import AutoConfig
 
 from tests.train.packed_cases import PromptMaker
-from tests.train.policy_run import CASES, make_args, update
+from tests.train.policy_run import CASES, make_args, start_on_cpu, update
 from train import distributed
 from train.policy import build_policy, build_reference
 
@@ -88,10 +88,7 @@ def build(model_dir: str, choice: str, device, **changes):
 
 def main() -> None:
     model_dir, out = sys.argv[1:]
-    torch.set_num_threads(1)
-    device = distributed.init(device="cpu")
-    distributed.init_deepspeed(device)
-    rank, world = distributed.rank(), distributed.world_size()
+    device, rank, world = start_on_cpu()
     maker = PromptMaker(model_dir, AutoConfig.from_pretrained(model_dir))
     groups = [maker.group(*case)[0] for case in CASES]
     tokens = float(sum(len(r.token_ids) for g in groups for r in g.responses))

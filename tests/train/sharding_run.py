@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from tests.train.packed_cases import PromptMaker
-from tests.train.policy_run import CASES, make_args, update
+from tests.train.policy_run import CASES, make_args, start_on_cpu, update
 from train import distributed
 from train.policy import build_policy
 
@@ -29,10 +29,7 @@ VARIANTS = {
 
 def main() -> None:
     model_dir, out = sys.argv[1:]
-    torch.set_num_threads(1)
-    device = distributed.init(device="cpu")
-    distributed.init_deepspeed(device)
-    rank, world = distributed.rank(), distributed.world_size()
+    device, rank, world = start_on_cpu()
     seen: dict = {}
     for name, changes in VARIANTS.items():
         policy = build_policy(make_args(model_dir, **changes), device=device)
