@@ -15,6 +15,24 @@ from pathlib import Path
 from train.algorithm_flags import add_algorithm_flags, check_algorithm_flags
 from train.presets import apply_preset
 
+# Arguments of vllm.LLM that --vllm_args must not give -> what decides them.
+OURS_IN_VLLM = {
+    "model": "--model",
+    "dtype": "--dtype",
+    "seed": "--seed",
+    "tensor_parallel_size": "--tensor_parallel",
+    "max_model_len": "--max_model_len",
+    "max_num_seqs": "--max_num_seqs",
+    "max_num_batched_tokens": "--max_num_batched_tokens",
+    "gpu_memory_utilization": "--gpu_memory_utilization",
+    "kv_cache_memory_bytes": "--kv_cache_gib",
+    "enforce_eager": "--enforce_eager",
+    "enable_sleep_mode": "--sleep_level",
+    "trust_remote_code": "--trust_remote_code",
+    "logprobs_mode": "the trainer, which needs those of the distribution that was sampled from",
+    "distributed_executor_backend": "the launcher",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. `--help` prints the groups in the order of a run: model, data, rollout, reward, update."""
@@ -168,6 +186,9 @@ def _rollout_flags(group) -> None:
     group.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs (always so on CPU)")
     group.add_argument(
         "--sleep_level", type=int, choices=(0, 1, 2), default=2, help="2 drops vLLM's weights while training"
+    )
+    group.add_argument(
+        "--vllm_args", default=None, help='further arguments of vllm.LLM as JSON, such as \'{"block_size": 128}\''
     )
 
 
@@ -326,10 +347,13 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         if not condition:
             problems.append(message)
 
-    for flag in ("data_weights", "field_names"):
+    for flag in ("data_weights", "field_names", "vllm_args"):
         try:
             given = json.loads(getattr(args, flag) or "{}")
             need(isinstance(given, dict), f"--{flag} must be a JSON object, got {getattr(args, flag)}")
+            if flag == "vllm_args" and isinstance(given, dict):
+                fixed = sorted(OURS_IN_VLLM.keys() & given.keys())
+                problems += [f"--vllm_args: {name} is decided by {OURS_IN_VLLM[name]}" for name in fixed]
         except ValueError as error:
             problems.append(f"--{flag} is not JSON ({error}): {getattr(args, flag)}")
     need(args.max_hours is None or args.max_hours > 0, f"--max_hours {args.max_hours} must be above 0")

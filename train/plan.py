@@ -307,6 +307,7 @@ def build_engine(args, encoder, device):
         rollout_seed=args.rollout_seed or ("request" if device.type == "cpu" else "engine"),
         sleep_level=args.sleep_level,
         trust_remote_code=args.trust_remote_code,
+        engine_args=json.loads(args.vllm_args or "{}"),
     )
 
 

@@ -130,6 +130,23 @@ def test_limits_of_vllm_reach_the_engine(required, monkeypatch):
     wanted = {"gpu_memory_utilization": 0.7, "max_num_batched_tokens": 25000, "max_num_seqs": 64, "kv_cache_gib": 12.0}
     wanted |= {"max_model_len": 30000, "tensor_parallel": 1, "sleep_level": 1}
     assert {name: made[name] for name in wanted} == wanted
+    assert made["engine_args"] == {}
+
+
+def test_further_arguments_of_vllm(required, monkeypatch):
+    import torch
+
+    from rollout import engine
+    from train.plan import build_engine
+
+    monkeypatch.setattr(engine, "RolloutEngine", lambda model, **settings: settings)
+    args = parse_args([*required, "--vllm_args", '{"block_size": 128, "cpu_offload_gb": 2}'])
+    assert check_args(args, world_size=1) == []
+    assert build_engine(args, None, torch.device("cpu"))["engine_args"] == {"block_size": 128, "cpu_offload_gb": 2}
+    args.vllm_args = '{"seed": 3, "logprobs_mode": "raw_logprobs"}'
+    assert [text.split(":")[1].split()[0] for text in check_args(args, 1)] == ["logprobs_mode", "seed"]
+    args.vllm_args = "[1]"
+    assert check_args(args, 1) == ["--vllm_args must be a JSON object, got [1]"]
 
 
 def test_profiled_steps(required):
