@@ -20,6 +20,7 @@ SEEDS=${SEEDS:-"0 1 2"}
 ALGORITHMS=${ALGORITHMS:-"grpo dapo"}
 RANKS=${RANKS:-1}
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
+LESSONS=${LESSONS:-cold_start}   # questions with demonstrations that supervision sees: cold_start (few) or train (all)
 phases=("$@")
 [ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune sees supervised rl table)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
@@ -32,8 +33,8 @@ images=(--image_min_pixels 12544 --image_max_pixels 12544)
 case $SIZE in
   gpu)
     model=() clips=4000
-    see=(--max_steps 120 --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 20)
-    tune=(--max_steps 250 --prompts_per_step 128 --learning_rate 1.5e-4 --vision_learning_rate 5e-4 --merger_learning_rate 5e-4 --warmup_steps 20)
+    see=(--max_steps "${SEE_STEPS:-120}" --prompts_per_step 128 --learning_rate 1e-3 --warmup_steps 20)
+    tune=(--max_steps "${TUNE_STEPS:-150}" --prompts_per_step 128 --learning_rate 1.5e-4 --vision_learning_rate 5e-4 --merger_learning_rate 5e-4 --warmup_steps 20)
     sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 125 --save_every 250 --load_workers 8)
     # The model is so small that vLLM stays awake beside it.
     rl=(--max_steps 120 --prompts_per_step 64 --group_size 8 --learning_rate 2e-5 --warmup_steps 5 --token_budget 20480
@@ -109,9 +110,9 @@ for name in "${phases[@]}"; do
     decode) phase "decode every clip once" "$DATA/decoded" decode ;;
     base) phase "evaluate the folder before any training" "$RUN/base/results.json" evaluate "$RUN/model" base ;;
     see) phase "supervised 1: tower and merger learn to see, the language model stands still" "$RUN/see/done.json" \
-      supervised see "$RUN/model" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${see[@]}" --freeze_language_model ;;
+      supervised see "$RUN/model" --data "$DATA"/{captions,$LESSONS}.jsonl "${held[@]}" "${see[@]}" --freeze_language_model ;;
     tune) phase "supervised 2: everything, gently" "$RUN/tune/done.json" \
-      supervised tune "$RUN/see/final" --data "$DATA/captions.jsonl" "$DATA/train.jsonl" "${held[@]}" "${tune[@]}" ;;
+      supervised tune "$RUN/see/final" --data "$DATA"/{captions,$LESSONS}.jsonl "${held[@]}" "${tune[@]}" ;;
     sees)
       phase "does it look after supervised 1" "$RUN/see/sees/sees.json" sees see
       phase "does it look after supervised 2" "$RUN/tune/sees/sees.json" sees tune ;;

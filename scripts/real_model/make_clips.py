@@ -6,6 +6,7 @@ writes, the same for the same seed:
     clips/*.mp4  images/*.png  blind/*     H.264 clips, stills, and grey twins of the held-out ones
     captions.jsonl                         a description of every train clip and still
     train.jsonl                            questions about them, and text-only ones; every row has a demonstration
+    cold_start.jsonl                       the first of them, --demonstrations of each template: all that supervision sees
     heldout.jsonl  heldout_blind.jsonl     questions about other clips, and the same about their grey twins
     unseen.jsonl  unseen_blind.jsonl       pairs of colour and shape that no train clip shows
     heldout_captions.jsonl  …_blind.jsonl  descriptions of the held-out ones: what a loss that sees is measured on
@@ -48,7 +49,20 @@ def majority_share(rows: list[dict[str, Any]]) -> float:
     return sum(max(found.values()) for found in counts.values()) / len(rows)
 
 
-def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | None) -> dict[str, list[dict[str, Any]]]:
+def first_of_each(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of every template, in the order they stand in."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        seen[row["data_source"]] += 1
+        if seen[row["data_source"]] <= count:
+            chosen.append(row)
+    return chosen
+
+
+def make_data(
+    folder: Path, seed: int, clips: int, text: int, demonstrations: int, workers: int | None
+) -> dict[str, list[dict[str, Any]]]:
     """Write media and dataset files; -> rows by file name. Held-out and unseen have an eighth of the clips each, at least
     one of every kind."""
     few = max(len(CLIP_KINDS), clips // 8)
@@ -57,6 +71,7 @@ def make_data(folder: Path, seed: int, clips: int, text: int, workers: int | Non
     rows = {split: question_rows(seed, split, listed) for split, listed in scenes.items()}
     rows["captions"] = caption_rows(scenes["train"])
     rows["train"] += text_rows(seed, text)
+    rows["cold_start"] = first_of_each(rows["train"], demonstrations)
     for split in ("heldout", "unseen"):
         rows[f"{split}_blind"] = [blind_row(row, split) for row in rows[split]]
     rows["heldout_captions"] = caption_rows(scenes["heldout"])
@@ -85,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--text", type=int, default=None, help="text-only rows to train on (default: a quarter of --clips)"
     )
+    parser.add_argument(
+        "--demonstrations", type=int, default=60, help="questions of each template in cold_start.jsonl"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
     args = parser.parse_args(arguments)
     if args.clips < len(CLIP_KINDS):
@@ -93,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (folder / "complete.json").exists():
         parser.error(f"--output_dir {folder} already holds a complete set; remove it to make another")
     began = time.monotonic()
-    rows = make_data(folder, args.seed, args.clips, text, args.workers)
+    rows = make_data(folder, args.seed, args.clips, text, args.demonstrations, args.workers)
     summary = {"seed": args.seed, "clips": args.clips, "rows": {name: len(listed) for name, listed in rows.items()}}
     summary["majority"] = {name: round(majority_share(rows[name]), 4) for name in ("heldout", "unseen", "text_only")}
     summary["seconds"] = round(time.monotonic() - began, 1)

@@ -183,6 +183,22 @@ def test_files_are_the_same_for_a_seed_and_their_golds_and_demonstrations_score_
             assert (found.accuracy, found.format) == (1.0, 1.0), (sample.question, sample.offline_output, found)
 
 
+def test_cold_start_holds_the_first_questions_of_every_template(tmp_path):
+    folder = tmp_path / "data"
+    flags = ["--clips", "24", "--text", "40", "--workers", "1", "--demonstrations", "2"]
+    assert make_clips.main(["--output_dir", str(folder), *flags]) == 0
+    every, few = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "cold_start")
+    )
+    wanted = {}
+    for row in every:
+        wanted.setdefault(row["data_source"], []).append(row["problem_id"])
+    assert len(wanted) > 20 and max(map(len, wanted.values())) > 2
+    chosen = {name for ids in wanted.values() for name in ids[:2]}
+    assert [row for row in every if row["problem_id"] in chosen] == few
+
+
 def test_swapped_captions_have_another_scenes_media_of_the_same_kind(tmp_path):
     folder = tmp_path / "data"
     assert make_clips.main(["--output_dir", str(folder), "--clips", "8", "--text", "8", "--workers", "1"]) == 0
