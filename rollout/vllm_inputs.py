@@ -5,8 +5,8 @@ patches again, half a second and more for a clip of 128 frames while the GPU wai
 is made of it here goes in where vLLM's own rendering does (`LLMEngine.add_request` takes a rendered prompt).
 
 Nothing is taken on trust: the first prompt with a new combination of media is rendered by vLLM too, and ours has to be the
-same bit for bit (but for SECONDS, where vLLM rounds). Where it is not (another version, a processor of one's own), vLLM
-renders all prompts of that kind.
+same bit for bit, but for SECONDS, which are always ours. Where it is not (another version, a processor of one's own), vLLM
+renders all prompts of that kind; that is refused where its SECONDS are wrong.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from rollout import vllm_access
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
-# Qwen2.5-VL's seconds per temporal patch, from which vLLM makes positions. In a bf16 engine its own rendering rounds them to
-# bfloat16 together with the pixels (1.1 becomes 1.1016), so that positions differ from those that the model was trained on;
-# ours stay in float32 as in data/encode.py.
+# Qwen2.5-VL's seconds per temporal patch, from which vLLM makes positions. Its own rendering is not to be trusted with them:
+# vLLM 0.26 takes no metadata for this family, so every clip counts as one of 24 frames per second and nearly all of its frames
+# stand at the same time; later versions round them to bfloat16 together with the pixels (1.1 becomes 1.1016). Ours are
+# data/encode.py's, in float32.
 SECONDS = "second_per_grid_ts"
 
 
@@ -52,7 +53,7 @@ class EngineInputs:
 
     def make(self, prompt: Prompt) -> dict[str, Any]:
         """The rendered prompt: {type, prompt_token_ids, mm_kwargs, mm_hashes, mm_placeholders, prompt}."""
-        encoder, metadata = self.encoder, (prompt.vllm_prompt["multi_modal_data"].get("video") or [])
+        encoder = self.encoder
         values: dict[str, Any] = {}
         grids = torch.from_numpy(prompt.grid_thw)
         kinds, sizes = prompt.grid_kinds, grids.prod(-1).tolist()
@@ -64,11 +65,7 @@ class EngineInputs:
             if encoder.frames_stand_apart:
                 values["timestamps"] = [list(times) for times in prompt.timestamps]
             elif encoder.family == "qwen2_5_vl":
-                rates = [
-                    sampled_fps(len(about["frames_indices"]), about["total_num_frames"], about["fps"])
-                    for _, about in metadata
-                ]
-                values[SECONDS] = torch.tensor([encoder.temporal_patch / rate for rate in rates])
+                values[SECONDS] = torch.tensor(seconds_of(prompt, encoder))
         return {
             "type": "multimodal",
             "prompt_token_ids": prompt.input_ids.tolist(),
@@ -116,12 +113,38 @@ class EngineInputs:
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
         self.equal[kinds] = why is None
+        if wrong := wrong_seconds(prompt, self.encoder, theirs):
+            if why:
+                raise RuntimeError(
+                    f"prompts with {' and '.join(kinds)} have to be rendered by vLLM, because ours differs ({why}), but this "
+                    f"vLLM {wrong}: it would sample from other positions than are trained on. Use the pinned version of vLLM"
+                )
+            warnings.warn(f"this vLLM {wrong}; the trainer's seconds are given to it", stacklevel=2)
         if why:
             warnings.warn(
                 f"prompts with {' and '.join(kinds)} are rendered by vLLM, which takes longer: ours differs ({why})",
                 stacklevel=2,
             )
         return None if why else ours
+
+
+def wrong_seconds(prompt: Prompt, encoder: Encoder, theirs: dict[str, Any]) -> str | None:
+    """Where vLLM's rendering has other SECONDS of a video than data/encode.py, by more than bfloat16 rounds: what it has."""
+    videos = theirs["mm_kwargs"].get("video", ())
+    if encoder.family != "qwen2_5_vl" or not videos:
+        return None
+    for item, true in zip(videos, seconds_of(prompt, encoder)):
+        found = float(item[SECONDS].data) if SECONDS in item else None
+        if found is None or not math.isclose(found, true, rel_tol=2**-8):
+            return f"gives a video {found} seconds per temporal patch where it has {true:.4g}"
+    return None
+
+
+def seconds_of(prompt: Prompt, encoder: Encoder) -> list[float]:
+    """Seconds that a temporal patch of each video covers."""
+    clips = prompt.vllm_prompt["multi_modal_data"].get("video") or []
+    rates = [sampled_fps(len(a["frames_indices"]), a["total_num_frames"], a["fps"]) for _, a in clips]
+    return [encoder.temporal_patch / rate for rate in rates]
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
@@ -141,13 +164,11 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
                 return f"place of a {kind}: {mine.offset}+{mine.length} instead of {other.offset}+{other.length}"
     for kind, items in ours["mm_kwargs"].items():
         for mine, other in zip(items, theirs["mm_kwargs"][kind]):
-            if set(mine) != set(other):
-                return f"fields of a {kind}: {sorted(mine)} instead of {sorted(other)}"
-            for name in mine:
-                value, true = other[name].data, mine[name].data
-                if name == SECONDS and isinstance(value, torch.Tensor):
-                    true = true.to(value.dtype)  # vLLM rounds it with the pixels; its positions are better without
-                if not _same(true, value):
+            names, others = set(mine) - {SECONDS}, set(other) - {SECONDS}
+            if names != others:
+                return f"fields of a {kind}: {sorted(names)} instead of {sorted(others)}"
+            for name in sorted(names):
+                if not _same(mine[name].data, other[name].data):
                     return f"{name} of a {kind}"
     return None
 

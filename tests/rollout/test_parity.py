@@ -19,6 +19,7 @@ from data.encode import Encoder
 from data.records import Media, Sample
 from rollout import vllm_access
 from rollout.engine import PromptMismatch, RolloutEngine
+from rollout.vllm_inputs import SECONDS, seconds_of
 from rollout.weight_sync import WeightNamesError
 
 VIDEO = {"fps": 2.0, "min_frames": 4, "max_frames": 8, "min_pixels": 4096, "max_pixels": 112 * 224}
@@ -314,6 +315,35 @@ def test_prompts_are_rendered_here_once_that_is_known_to_be_equal(qwen3, media_f
     for number in range(3):
         assert [r.token_ids for r in got[number]] == [r.token_ids for r in expected[number]]
     engine.inputs.equal.clear()
+
+
+def test_seconds_of_a_video_are_the_trainers_whatever_vllm_makes_of_them(tiny, media_folder, monkeypatch):
+    """vLLM 0.26 gives Qwen2.5-VL no metadata: 2 frames at 24 per second, 1/12 s, for each temporal patch of every clip."""
+    model_dir = tiny("qwen2_5_vl", sharp=True)
+    encoder, engine = make_engine(model_dir)
+    model, render = load(model_dir), vllm_access.render
+    prompts = [encoder.encode(make_sample(media_folder, ("wide.mp4", "odd.mp4"), number)) for number in range(2)]
+    assert [round(value, 3) for value in seconds_of(prompts[0], encoder)] == [1.0, 1.0]
+
+    def without_metadata(llm, prompt):
+        rendered = render(llm, prompt)
+        for item in rendered["mm_kwargs"]["video"]:
+            item[SECONDS].data.fill_(2 / 24)
+        return rendered
+
+    monkeypatch.setattr(vllm_access, "render", without_metadata)
+    with pytest.warns(UserWarning, match=r"gives a video 0\.0833\d* seconds per temporal patch where it has 1;"):
+        assert gaps(engine, model, encoder, prompts, 0)[0] < 1e-4
+    assert engine.inputs.equal == {("video",): True}
+    monkeypatch.setattr(type(engine.inputs), "__call__", lambda self, prompt: without_metadata(self.llm, prompt.vllm_prompt))
+    assert gaps(engine, model, encoder, prompts, 0)[1] > 0.01  # what those seconds would have done
+    monkeypatch.undo()
+
+    monkeypatch.setattr(vllm_access, "render", without_metadata)
+    engine.inputs.equal.clear()
+    prompts[0].input_ids[4] += 1  # and if ours cannot be used either, nothing is sampled
+    with pytest.raises(RuntimeError, match=r"ours differs \(token ids\), but this vLLM gives a video 0\.083"):
+        collect(engine, prompts)
 
 
 def test_parameter_names_are_checked_at_the_first_sync(tiny):
