@@ -32,9 +32,8 @@ class AsyncVllm(Engine):
         vllm_access.installed_version()
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineGenerateError
 
-        self._sampling_params, self._request_error = SamplingParams, EngineGenerateError
+        self._sampling_params, self._request_errors = SamplingParams, vllm_access.request_errors()
         before = set(psutil.Process().children(recursive=True))
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
@@ -47,7 +46,7 @@ class AsyncVllm(Engine):
             rendered = self._inputs(prompt, shared)
             if prompt.grid_kinds and "mm_kwargs" not in rendered:
                 rendered = vllm_access.render(self._llm, rendered)
-        except (ValueError, TypeError) as error:
+        except self._request_errors as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         return rendered
 
@@ -68,14 +67,16 @@ class AsyncVllm(Engine):
                 prompt = vllm_access.without_known_media(self._llm, prompt)
             async for output in self._llm.generate(prompt, params, request_id):
                 final = output
-        except (ValueError, TypeError, self._request_error) as error:
+        except self._request_errors as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         if final is None or not final.outputs:
             raise RequestFailed("the engine returned nothing")
         answer = final.outputs[0]
+        if answer.finish_reason in ("abort", "error", None):
+            raise RequestFailed(f"the engine ended the answer: {answer.finish_reason}")
         return Completion(
             text=answer.text,
-            finish_reason=answer.finish_reason or "abort",
+            finish_reason=answer.finish_reason,
             prompt_tokens=len(final.prompt_token_ids or ()),
             response_tokens=len(answer.token_ids),
         )

@@ -143,8 +143,17 @@ def placeholder(offset: int, length: int, is_embed: torch.Tensor | None):
 # both forget by the same rule, so they have to see the same media in the same order.
 
 
+def request_errors() -> tuple[type[BaseException], ...]:
+    """What AsyncLLM raises for one request while the engine goes on (EngineDeadError is none of them)."""
+    from vllm import exceptions
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    newer = getattr(exceptions, "VLLMClientError", ValueError)  # a refused prompt; a ValueError before 0.32
+    return (ValueError, TypeError, newer, EngineGenerateError)
+
+
 async def check_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
-    """Raises the ValueError with which AsyncLLM.generate would refuse a rendered prompt; changes nothing.
+    """Raises the error with which AsyncLLM.generate would refuse a rendered prompt; changes nothing.
 
     Call before without_known_media: of a request that is refused later, the engine would be thought to hold the media.
     """
