@@ -88,7 +88,7 @@ class AsyncVllm(Engine):
 
     def close(self) -> None:
         self._llm.shutdown()
-        del self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
+        del self._inputs, self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
         self._guard.kill()
         self._guard.wait()
 
