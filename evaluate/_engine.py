@@ -1,9 +1,9 @@
 """The pipeline that keeps an engine fed: bounded stages from a file on disk to a scored answer.
 
-    clips -> loader threads (decode or cache, prompt) -> bytes gate -> AsyncLLM (continuous batching) -> scoring -> rows
+    clips -> bytes gate -> loader threads (decode or cache, prompt, patches) -> AsyncLLM (continuous batching) -> scoring -> rows
 
-* A clip's questions are prepared one after another by one loader, so its video is decoded once, and are submitted
-  together, so the engine's prefix cache computes the video's tokens once.
+* A clip's questions are prepared one after another by one loader, so its video is decoded and made into patches once, and
+  are submitted together, so the engine's prefix cache computes the video's tokens once.
 * Memory is bounded by bytes in flight, not by a count: a clip reserves the most its settings allow before decoding, and
   what it really took after.
 * Everything that can go wrong with one sample ends as a row with a reason; only a dead engine ends the run.
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import queue
-import subprocess
 import threading
 import time
 from collections import deque
@@ -24,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 
 from data.records import Prompt, Sample
 from data.video import MediaError
@@ -43,6 +40,17 @@ class Completion:
 class Engine(Protocol):
     """What the pipeline needs of an engine; tests bring one that needs no model."""
 
+    def render(self, prompt: Prompt, shared: dict) -> dict[str, Any]:
+        """What generate() is given for this prompt, called in loader threads; the engine may do its work on media here.
+        `shared`: kept for the clip's next question. Raises RequestFailed."""
+        return prompt.vllm_prompt
+
+    def extend(self, prompt: Prompt, more: str) -> dict[str, Any]:
+        """The same for a prompt whose `vllm_prompt` is already render()'s, with text after its end."""
+        longer = {**prompt.vllm_prompt, "prompt": prompt.text + more}
+        longer.pop("prompt_token_ids", None)
+        return longer
+
     async def generate(self, prompt: dict[str, Any], sampling: dict[str, Any], request_id: str) -> Completion: ...
 
     def close(self) -> None: ...
@@ -50,65 +58,6 @@ class Engine(Protocol):
 
 class RequestFailed(ValueError):
     """The engine refused or lost one request; the others go on."""
-
-
-class AsyncVllm:
-    """vLLM's AsyncLLM. Must be made and used inside one running event loop, because its output handler lives there."""
-
-    def __init__(self, model: str, **engine_args: Any):
-        # Asking torch whether there is a GPU (evaluate._models.on_gpu) is enough to make CUDA unusable in a forked child.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        from vllm import AsyncEngineArgs, SamplingParams
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineGenerateError
-
-        self._sampling_params, self._request_error = SamplingParams, EngineGenerateError
-        before = set(psutil.Process().children(recursive=True))
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
-        self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
-
-    async def generate(self, prompt: dict[str, Any], sampling: dict[str, Any], request_id: str) -> Completion:
-        """Raises RequestFailed for this request alone, EngineDeadError when the engine is gone."""
-        from vllm.sampling_params import RequestOutputKind
-
-        params = self._sampling_params(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
-        final = None
-        try:
-            async for output in self._llm.generate(prompt, params, request_id):
-                final = output
-        except (ValueError, TypeError, self._request_error) as error:
-            raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        if final is None or not final.outputs:
-            raise RequestFailed("the engine returned nothing")
-        answer = final.outputs[0]
-        return Completion(
-            text=answer.text,
-            finish_reason=answer.finish_reason or "abort",
-            prompt_tokens=len(final.prompt_token_ids or ()),
-            response_tokens=len(answer.token_ids),
-        )
-
-    async def reset_caches(self) -> None:
-        """Forgets prefixes and processed media, for measurements that must start equal."""
-        await self._llm.reset_prefix_cache()
-        await self._llm.reset_mm_cache()
-
-    def close(self) -> None:
-        self._llm.shutdown()
-        del self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
-        self._guard.kill()
-        self._guard.wait()
-
-
-def end_with_me(pids: list[int]) -> subprocess.Popen:
-    """A process that kills `pids` once this one is gone, however it went; kill it first if all ends well.
-
-    vLLM's engine outlives a front end that died of SIGKILL and keeps its GPU memory, so that the next run, which would
-    go on where this one stopped, could not start.
-    """
-    script = 'cat > /dev/null; kill -KILL "$@" 2> /dev/null'  # standard input ends with this process
-    command = ["sh", "-c", script, "sh", *map(str, pids)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 class LoaderThreads:
@@ -284,13 +233,13 @@ class Occupancy:
 
 @dataclass
 class Limits:
-    """Bounds of the pipeline. Bytes are of uint8 pixels times (1 + bytes per value in the engine)."""
+    """Bounds of the pipeline. Bytes are of uint8 pixels times (1 + engine_bytes_per_value)."""
 
     loaders: int = 4
     max_in_flight_bytes: int = 8 << 30
     max_concurrent: int = 64  # requests inside the engine, waiting ones included
     clip_bytes: int = 128 << 20  # most that one clip can take, by its settings
-    engine_bytes_per_value: int = 2  # the engine's own copy: bf16
+    engine_bytes_per_value: int = 4  # patches in bf16, here and in the engine's process, beside each byte of a frame
     decode_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
     thinking_budget: int | None = None  # tokens of reasoning before a conclusion is forced
@@ -301,7 +250,8 @@ class Limits:
 class PipelineStats:
     occupancy: Occupancy = field(default_factory=Occupancy)
     clips: int = 0
-    prepare_s: float = 0.0  # thread time, summed
+    prepare_s: float = 0.0  # time of the loader threads, summed
+    render_s: float = 0.0  # of it, what the engine's rendering took
     peak_bytes: int = 0
     wall_s: float = 0.0
 
@@ -310,6 +260,7 @@ class PipelineStats:
             **self.occupancy.as_dict(),
             "clips": self.clips,
             "prepare_thread_s": round(self.prepare_s, 3),
+            "render_thread_s": round(self.render_s, 3),
             "peak_in_flight_mib": round(self.peak_bytes / 2**20, 1),
             "wall_s": round(self.wall_s, 3),
         }
@@ -341,6 +292,13 @@ def pixel_bytes(prompt: Prompt) -> int:
     return sum(seen.values())
 
 
+def patch_bytes(rendered: dict[str, Any]) -> int:
+    """Bytes of the tensors a rendered prompt holds for the engine, 0 of one that is not rendered."""
+    listed = (rendered.get("mm_kwargs") or {}).values()
+    fields = {id(field): field for items in listed for item in items for field in item.values()}
+    return sum(getattr(field.data, "nbytes", 0) for field in fields.values())
+
+
 def failure(sample: Sample, status: str, reason: str, remedy: str = "") -> dict[str, Any]:
     """The row of a sample that got no answer."""
     row = {"id": sample.id, "response": "", "finish_reason": "", "status": status, "reason": reason}
@@ -370,7 +328,8 @@ async def run_pipeline(
     stats.clips, began = len(waiting), time.perf_counter()
     factor = 1 + limits.engine_bytes_per_value
 
-    def prepare(sample: Sample, scope: dict) -> Prompt:
+    def prepare(sample: Sample, scope: dict) -> tuple[Prompt, int]:
+        """The prompt as the engine takes it, and the bytes it stands for: frames, patches, the engine's copy."""
         if frames is not None:
             frames.use(scope)
         started = time.perf_counter()
@@ -378,11 +337,15 @@ async def run_pipeline(
             if watch is not None:
                 sample.extra.update(watch(sample))
             prompt = encode(sample)
+            decoded, began_rendering = pixel_bytes(prompt), time.perf_counter()
+            prompt.vllm_prompt = engine.render(prompt, scope)
+            stats.render_s += time.perf_counter() - began_rendering
         finally:
             stats.prepare_s += time.perf_counter() - started
             if frames is not None:
                 frames.use(None)
-        return prompt
+        patches = patch_bytes(prompt.vllm_prompt)
+        return prompt, decoded + 2 * patches if patches else decoded * factor
 
     async def ask(sample: Sample, prompt: Prompt) -> None:
         stats.occupancy.change(+1)
@@ -407,10 +370,10 @@ async def run_pipeline(
         thinking = "</think>" not in text and (prefilled or "<think>" in text)
         if limits.thinking_budget is not None and got.finish_reason == "length" and thinking:
             forced, ending = True, "\n</think>\n\n"
-            again = {**prompt.vllm_prompt, "prompt": prompt.text + text + ending}
-            again.pop("prompt_token_ids", None)
             rest = await engine.generate(
-                again, {**sampling, "max_tokens": limits.answer_budget}, f"{number}-{sample.id}-a"
+                engine.extend(prompt, text + ending),
+                {**sampling, "max_tokens": limits.answer_budget},
+                f"{number}-{sample.id}-a",
             )
             text, tokens = text + ending + rest.text, tokens + rest.response_tokens
             got.finish_reason = rest.finish_reason
@@ -439,7 +402,7 @@ async def run_pipeline(
                     on_row(sample, failure(sample, *broken))
                     continue
                 try:
-                    prompt = await threads.run(prepare, sample, scope, timeout_s=limits.decode_timeout_s)
+                    prompt, size = await threads.run(prepare, sample, scope, timeout_s=limits.decode_timeout_s)
                 except MediaError as error:
                     broken = ("media_error", f"{error.path}: {error.reason}", error.remedy)
                     on_row(sample, failure(sample, *broken))
@@ -448,12 +411,15 @@ async def run_pipeline(
                     broken = ("load_timeout", f"not decoded within {limits.decode_timeout_s:g} s", "re-encode the file")
                     on_row(sample, failure(sample, *broken))
                     continue
+                except RequestFailed as error:
+                    on_row(sample, failure(sample, "request_failed", str(error)))
+                    continue
                 except (ValueError, OSError, MemoryError) as error:
                     status = "prompt_too_long" if type(error).__name__ == "PromptTooLong" else "prompt_error"
                     on_row(sample, failure(sample, status, f"{type(error).__name__}: {error}"))
                     continue
                 if not asked:
-                    actual = min(pixel_bytes(prompt) * factor, reserved)
+                    actual = min(size, reserved)
                     gate.resize(reserved, actual)
                     reserved = actual
                 await slots.acquire()

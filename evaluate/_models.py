@@ -15,10 +15,10 @@ from data.encode import Encoder
 from data.frame_cache import FrameCache
 from data.records import Sample
 from data.video import MediaError
-from evaluate._engine import AsyncVllm, Engine, Limits, LoaderThreads, SharedFrames
+from evaluate._async_vllm import AsyncVllm
+from evaluate._engine import Engine, Limits, LoaderThreads, SharedFrames
 from evaluate._flags import sampling_of
-
-KV_GIVEN_SHARE = 0.02  # gpu_memory_utilization where --kv_cache_gib is given
+from rollout.vllm_access import KV_GIVEN_SHARE, set_processor_threads
 
 
 def on_gpu() -> bool:
@@ -53,7 +53,7 @@ def build_encoder(args: argparse.Namespace, style: str, template: str | None) ->
         prompt_template=template,
         max_prompt_tokens=args.max_prompt_tokens,
         trust_remote_code=args.trust_remote_code,
-        build_patches=False,
+        build_patches=False,  # the engine's rendering makes them once per clip, as the floats that it needs
     )
     if args.thinking != "default":
         if "enable_thinking" not in str(encoder.chat_template):
@@ -67,7 +67,9 @@ def build_encoder(args: argparse.Namespace, style: str, template: str | None) ->
 
 
 def engine_args(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of vLLM's engine. Videos come decoded, so its own media caches are kept small."""
+    """Arguments of vLLM's engine. Its media cache spares the transfer for the questions of one clip, which follow each other,
+    so it is small; but a clip must have room in it."""
+    room_gib = 1.25 * limits_of(args).clip_bytes * bytes_per_value(args) / 2**30
     chosen: dict[str, Any] = {
         "dtype": args.dtype,
         "tensor_parallel_size": args.tensor_parallel,
@@ -76,7 +78,7 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code": args.trust_remote_code,
         "limit_mm_per_prompt": {"image": 16, "video": 4},
         "enable_prefix_caching": True,  # the questions of one video share its tokens
-        "mm_processor_cache_gb": 2,
+        "mm_processor_cache_gb": max(2.0, room_gib),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
@@ -85,9 +87,7 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_num_batched_tokens:
         chosen["max_num_batched_tokens"] = args.max_num_batched_tokens
     if on_gpu():
-        # vLLM turns frames into patches with as many threads, one if this is unset: half a second for a clip of 128 frames.
-        os.environ.setdefault("OMP_NUM_THREADS", str(min(8, os.cpu_count() or 1)))
-        # With a cache of a given size this share decides nothing, but vLLM refuses to start where as much is not free.
+        set_processor_threads(min(8, os.cpu_count() or 1))
         chosen["gpu_memory_utilization"] = KV_GIVEN_SHARE if args.kv_cache_gib else args.gpu_memory_utilization
         chosen["enforce_eager"] = args.enforce_eager
         # vLLM's encoder cache has as many places as a batch has tokens, 2,048 by default: a longer clip would be refused.
@@ -116,7 +116,12 @@ def build_engine(args: argparse.Namespace, encoder: Encoder) -> Engine:
     if encoder.family == "qwen3_5" and not on_gpu() and args.dtype == "float32":
         raise SystemExit("--dtype float32: vLLM's CPU kernels run Qwen3.5 in bfloat16 only")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    return AsyncVllm(args.model, **engine_args(args))
+    return AsyncVllm(args.model, encoder, **engine_args(args))
+
+
+def bytes_per_value(args: argparse.Namespace) -> int:
+    """Of a pixel value on its way to the engine, at most: vLLM may take bytes and normalise them itself."""
+    return 4 if args.dtype == "float32" else 2
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -127,7 +132,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
         max_in_flight_bytes=int(args.in_flight_gib * 2**30),
         max_concurrent=args.max_concurrent or 2 * args.max_num_seqs,
         clip_bytes=3 * pixels,
-        engine_bytes_per_value=4 if args.dtype == "float32" else 2,
+        engine_bytes_per_value=2 * bytes_per_value(args),  # patches here, and in the engine's process
         decode_timeout_s=args.decode_timeout_s,
         request_timeout_s=args.request_timeout_s,
         thinking_budget=args.thinking_budget,

@@ -32,9 +32,12 @@ ANSWER_SOURCES = (
     "data/frame_cache.py",
     "data/frame_file.py",
     "data/positions.py",
+    "data/normalise.py",
     "data/encode.py",
     "evaluate/_engine.py",
     "evaluate/_models.py",
+    "evaluate/_async_vllm.py",
+    "rollout/vllm_inputs.py",
     "evaluate/_annotations.py",
 )
 IDENTITY_FILES = (

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 
 OLDEST, NEWEST = (0, 26), (0, 32)
+# gpu_memory_utilization where the KV cache's size is given: it decides nothing, but vLLM refuses to start where as much is
+# not free.
+KV_GIVEN_SHARE = 0.02
 
 
 def prepare_environment() -> None:
@@ -33,9 +36,16 @@ def prepare_environment() -> None:
     }.items():
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
-        # vLLM turns frames into patches with as many threads, one if this is unset: a second and more per long clip,
-        # between two decoding steps. torchrun sets it to 1 where several ranks start and nobody else has set it.
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        set_processor_threads(torch.get_num_threads())
+
+
+def set_processor_threads(number: int) -> None:
+    """Threads with which vLLM turns frames into patches where it does, unless the user has said how many.
+
+    It is one if the variable is unset: a second and more per long clip. torchrun sets it to 1 where several ranks start and
+    nobody else has set it.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(number))
 
 
 def installed_version() -> tuple[int, ...]:
@@ -86,9 +96,22 @@ def sampling_params(**arguments: Any):
 # The request loop.
 
 
+def _renderer(llm):
+    """Of an LLM, or of an AsyncLLM."""
+    return llm.llm_engine.renderer if hasattr(llm, "llm_engine") else llm.renderer
+
+
 def render(llm, prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt of LLM.generate as the engine takes it: vLLM's processor has run over its media."""
-    (rendered,) = llm.llm_engine.renderer.render_cmpl([prompt])
+    """A prompt of LLM.generate as the engine takes it: vLLM's processor has run over its media.
+
+    Of an AsyncLLM in any thread: it is done by the one thread in which vLLM runs its processor (which can bear no second),
+    and with a cache of its own, so that the one by which this process knows what the engine holds stays as it is.
+    """
+    renderer = _renderer(llm)
+    if hasattr(llm, "llm_engine"):
+        (rendered,) = renderer.render_cmpl([prompt])
+    else:
+        (rendered,) = renderer._mm_executor.submit(renderer.render_cmpl, [prompt], skip_mm_cache=True).result()
     return rendered
 
 
@@ -98,8 +121,15 @@ def media_items(llm, values: dict[str, Any]):
     from transformers import BatchFeature
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
-    processor, features = llm.llm_engine.renderer.get_mm_processor(), BatchFeature(values)
+    processor, features = _renderer(llm).get_mm_processor(), BatchFeature(values)
     return MultiModalKwargsItems.from_hf_inputs(features, processor._get_mm_fields_config(features, {}))
+
+
+def join_items(items: dict[str, list]):
+    """Items by kind of medium, made one by one, as a rendered prompt holds them."""
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+
+    return MultiModalKwargsItems(items)
 
 
 def placeholder(offset: int, length: int, is_embed: torch.Tensor | None):
@@ -107,6 +137,60 @@ def placeholder(offset: int, length: int, is_embed: torch.Tensor | None):
     from vllm.multimodal.inputs import PlaceholderRange
 
     return PlaceholderRange(offset=offset, length=length, is_embed=is_embed)
+
+
+# AsyncLLM, whose engine is another process. Media go there once: a cache here (P0) lists what the engine's own (P1) holds, and
+# both forget by the same rule, so they have to see the same media in the same order.
+
+
+def request_errors() -> tuple[type[BaseException], ...]:
+    """What AsyncLLM raises for one request while the engine goes on (EngineDeadError is none of them)."""
+    from vllm import exceptions
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    newer = getattr(exceptions, "VLLMClientError", ValueError)  # a refused prompt; a ValueError before 0.32
+    return (ValueError, TypeError, newer, EngineGenerateError)
+
+
+async def check_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
+    """Raises the error with which AsyncLLM.generate would refuse a rendered prompt; changes nothing.
+
+    Call before without_known_media: of a request that is refused later, the engine would be thought to hold the media.
+    """
+    tasks = await llm.get_supported_tasks()  # asked of the engine once; after that it does not wait
+    capacity = llm.vllm_config.model_config.multimodal_config.mm_processor_cache_gb * 2**30
+    for kind, items in prompt["mm_kwargs"].items():
+        for item in items:
+            size = sum(element.data.nbytes for element in item.values() if isinstance(element.data, torch.Tensor))
+            if size > 0.99 * capacity:
+                raise ValueError(
+                    f"a {kind} of {size / 2**30:.2f} GiB for the engine is more than its media cache of "
+                    f"{capacity / 2**30:.2f} GiB takes: fewer frames or pixels"
+                )
+    llm.input_processor.process_inputs(request_id, prompt, params, supported_tasks=tasks)
+
+
+def without_known_media(llm, prompt: dict[str, Any]) -> dict[str, Any]:
+    """A rendered prompt without the media that the engine has by now; the others count as known from now on.
+
+    In the event loop only, and the result has to be given to AsyncLLM.generate before anything else is awaited: requests
+    then reach the engine in the order of these calls, which makes it keep and forget what is kept and forgotten here.
+    """
+    cache = _renderer(llm).mm_processor_cache
+    if cache is None:
+        return prompt
+    places = [
+        (place.offset, kind, number)
+        for kind, listed in prompt["mm_placeholders"].items()
+        for number, place in enumerate(listed)
+    ]
+    items = {kind: list(listed) for kind, listed in prompt["mm_kwargs"].items()}
+    ordered = [(kind, number, prompt["mm_hashes"][kind][number]) for _, kind, number in sorted(places)]
+    for _, _, name in ordered:  # as the engine does: no medium of a prompt pushes out another of the same prompt
+        cache.touch_sender_cache_item(name)
+    for kind, number, name in ordered:
+        items[kind][number], _ = cache.get_and_update_item((items[kind][number], []), name)
+    return {**prompt, "mm_kwargs": items}
 
 
 def add_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:

@@ -2,7 +2,8 @@
 
 vLLM would run the Hugging Face processor over the frames of every prompt, between two decoding steps: resize checks, floats,
 patches again, half a second and more for a clip of 128 frames while the GPU waits. A Prompt holds the result as bytes. What
-is made of it here goes in where vLLM's own rendering does (`LLMEngine.add_request` takes a rendered prompt).
+is made of it here goes in where vLLM's own rendering does (`LLMEngine.add_request` and `AsyncLLM.generate` take a rendered
+prompt). Evaluation does the same in its loader threads, from frames: there a clip's questions share what is made of it.
 
 Nothing is taken on trust: the first prompt with a new combination of media is rendered by vLLM too, and ours has to be the
 same bit for bit, but for SECONDS, which are always ours. Where it is not (another version, a processor of one's own), vLLM
@@ -12,13 +13,16 @@ renders all prompts of that kind; that is refused where its SECONDS are wrong.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.encode import VISION_END, VISION_START, Encoder, sampled_fps
 from data.normalise import normalise
+from data.positions import patchify
 from data.records import Prompt
 from rollout import vllm_access
 
@@ -32,48 +36,91 @@ SECONDS = "second_per_grid_ts"
 
 
 class EngineInputs:
-    """inputs(prompt) -> what add_request of this llm is given.
+    """inputs(prompt) -> what add_request of this llm (a vllm.LLM or AsyncLLM) is given. May be called in several threads.
 
-    Rendered by vLLM: prompts without patches, and whatever failed the comparison. Texts have nothing to render but ids.
+    What failed the comparison is returned as it is, for vLLM to render. Texts have nothing to render but ids. `shared`: a dict
+    in which media rendered for one prompt are kept for the next; it lives as long as the caller wants them.
     """
 
     def __init__(self, llm, encoder: Encoder):
         self.llm, self.encoder = llm, encoder
         self.equal: dict[tuple[str, ...], bool] = {}  # kinds of media -> ours is vLLM's
         self._dtype = torch.uint8  # of vLLM's pixel values: bytes where it normalises on the device
+        self._comparing = threading.Lock()
 
-    def __call__(self, prompt: Prompt) -> dict[str, Any]:
-        if not prompt.grid_kinds or prompt.patches is None:
+    def __call__(self, prompt: Prompt, shared: dict | None = None) -> dict[str, Any]:
+        if not prompt.grid_kinds:
             return prompt.vllm_prompt
         kinds = tuple(sorted(set(prompt.grid_kinds)))
         if kinds not in self.equal:
-            theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
-            return self._compare(kinds, prompt, theirs) or theirs
-        return self.make(prompt) if self.equal[kinds] else prompt.vllm_prompt
+            with self._comparing:
+                if kinds not in self.equal:  # another thread has not learnt it meanwhile
+                    theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
+                    return self._compare(kinds, prompt, theirs, shared) or theirs
+        return self.make(prompt, shared) if self.equal[kinds] else prompt.vllm_prompt
 
-    def make(self, prompt: Prompt) -> dict[str, Any]:
+    def make(self, prompt: Prompt, shared: dict | None = None) -> dict[str, Any]:
         """The rendered prompt: {type, prompt_token_ids, mm_kwargs, mm_hashes, mm_placeholders, prompt}."""
-        encoder = self.encoder
-        values: dict[str, Any] = {}
-        grids = torch.from_numpy(prompt.grid_thw)
-        kinds, sizes = prompt.grid_kinds, grids.prod(-1).tolist()
-        for kind in dict.fromkeys(kinds):
-            parts = [part for part, of in zip(torch.from_numpy(prompt.patches).split(sizes), kinds) if of == kind]
-            values[PIXELS[kind]] = self._pixels(parts[0] if len(parts) == 1 else torch.cat(parts))
-            values[GRIDS[kind]] = grids[[of == kind for of in kinds]]
-        if "video" in kinds:
-            if encoder.frames_stand_apart:
-                values["timestamps"] = [list(times) for times in prompt.timestamps]
-            elif encoder.family == "qwen2_5_vl":
-                values[SECONDS] = torch.tensor(seconds_of(prompt, encoder))
+        shared = {} if shared is None else shared
+        keys = prompt.vllm_prompt["multi_modal_uuids"]
+        items: dict[str, list] = {}
+        first = 0  # of the medium's rows among the prompt's patches
+        for kind, grid in zip(prompt.grid_kinds, prompt.grid_thw):
+            listed, rows = items.setdefault(kind, []), int(grid.prod())
+            name = ("rendered", kind, keys[kind][len(listed)])
+            if name not in shared:
+                shared[name] = self._item(prompt, kind, len(listed), grid, first)
+            listed.append(shared[name])
+            first += rows
         return {
             "type": "multimodal",
             "prompt_token_ids": prompt.input_ids.tolist(),
             "prompt": prompt.text,
-            "mm_kwargs": vllm_access.media_items(self.llm, values),
-            "mm_hashes": {kind: list(keys) for kind, keys in prompt.vllm_prompt["multi_modal_uuids"].items()},
+            "mm_kwargs": vllm_access.join_items(items),
+            "mm_hashes": {kind: list(names) for kind, names in keys.items()},
             "mm_placeholders": self._placeholders(prompt),
         }
+
+    def extended(self, prompt: Prompt, rendered: dict[str, Any], more: str) -> dict[str, Any]:
+        """The rendered prompt with text after its end, with the ids that vLLM would make of the whole text.
+
+        An added token (<|im_start|>, <think> ...) cuts the text before it is tokenised; what follows the prompt's last one is
+        tokenised again, because the new text can merge with it.
+        """
+        tokenizer, ids = self.encoder.tokenizer, list(rendered["prompt_token_ids"])
+        added = tokenizer.added_tokens_decoder
+        last = max((at for at, token in enumerate(ids) if token in added), default=0)
+        start = prompt.text.rfind(added[ids[last]].content) if ids[last] in added else 0
+        tail = tokenizer(prompt.text[start:] + more, add_special_tokens=False)["input_ids"]
+        return {**rendered, "prompt_token_ids": ids[:last] + tail, "prompt": prompt.text + more}
+
+    def _item(self, prompt: Prompt, kind: str, number: int, grid: np.ndarray, first: int):
+        """vLLM's item of one medium, the `number`th of its kind; its rows begin at `first` where the prompt has patches."""
+        encoder, rows = self.encoder, int(grid.prod())
+        medium = prompt.vllm_prompt["multi_modal_data"][kind][number]
+        if prompt.patches is not None:
+            pixels = self._pixels(torch.from_numpy(prompt.patches[first : first + rows]))
+        else:
+            frames = medium[0].transpose(0, 3, 1, 2) if kind == "video" else np.asarray(medium).transpose(2, 0, 1)[None]
+            pixels = self._patches(frames, int(grid[0]), rows)
+        values: dict[str, Any] = {PIXELS[kind]: pixels, GRIDS[kind]: torch.from_numpy(grid)[None]}
+        if kind == "video" and encoder.frames_stand_apart:
+            values["timestamps"] = [list(prompt.timestamps[number])]
+        elif kind == "video" and encoder.family == "qwen2_5_vl":
+            values[SECONDS] = torch.tensor([seconds_of(prompt, encoder)[number]])
+        (item,) = vllm_access.media_items(self.llm, values)[kind]
+        return item
+
+    def _patches(self, frames: np.ndarray, slots: int, rows: int) -> torch.Tensor:
+        """(F, 3, H, W) uint8 -> (rows, values) pixels, by temporal patch: no second copy of the clip, and each stays in cache."""
+        encoder, out, size = self.encoder, None, rows // slots
+        for number in range(slots):
+            part = frames[number * encoder.temporal_patch : (number + 1) * encoder.temporal_patch]
+            patches, _ = patchify(part, encoder.patch, encoder.merge, encoder.temporal_patch)
+            if out is None:
+                out = torch.empty((rows, patches.shape[1]), dtype=self._dtype)
+            out[number * size : (number + 1) * size] = self._pixels(torch.from_numpy(patches))
+        return out
 
     def _pixels(self, patches: torch.Tensor) -> torch.Tensor:
         if self._dtype == torch.uint8:
@@ -102,13 +149,15 @@ class EngineInputs:
             found.setdefault(kind, []).append(vllm_access.placeholder(first, last + 1 - first, mask))
         return found
 
-    def _compare(self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any]) -> dict[str, Any] | None:
+    def _compare(
+        self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any], shared: dict | None
+    ) -> dict[str, Any] | None:
         """Learn from vLLM's own rendering of this prompt whether ours is the same, and say if it is not -> ours if it is."""
         pixels = next(iter(theirs["mm_kwargs"][kinds[0]]))[PIXELS[kinds[0]]].data
         self._dtype = pixels.dtype
         ours = None
         try:
-            ours = self.make(prompt)
+            ours = self.make(prompt, shared)
             why = difference(ours, theirs)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"

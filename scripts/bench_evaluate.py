@@ -1,10 +1,13 @@
 """The evaluation pipeline against the obvious loop and against whole-batch generation: same engine, same clips, one run.
 
     python scripts/bench_evaluate.py --model DIR [--clips 24] [--questions 3] [--frames 8] [--rounds 3] [--cached]
+        [--ways loop batch pipeline]
 
 Three ways through the same questions: `loop` (load, generate, next), `batch` (load everything, then submit everything) and
-`pipeline` (evaluate/_engine.py). Rounds are interleaved, prefix caches are emptied between runs, medians count. The bound is
-the larger of the loading CPU time spread over the loaders' cores and the engine's own time for the whole batch. Where the
+`pipeline` (evaluate/_engine.py); the first two leave it to vLLM to make patches of frames, as a script of one's own would.
+Rounds are interleaved, prefix caches are emptied between runs, medians count; figures that compare with a way left out by
+--ways are left out too. The bound is the larger of the loading CPU time (decoding, prompt, patches) spread over the loaders'
+cores and the time from submitting the whole batch to its last answer, vLLM's own making of patches included. Where the
 engine computes on the same cores (no GPU), that bound promises the engine a core that the loaders take away, so a second one
 is given: CPU seconds of loading and of the engine's processes for the whole batch, over the cores.
 --cached decodes into a frame cache first, as after data/preprocess.py. With a GPU, gpu_idle_share is what NVML says of it while
@@ -32,10 +35,12 @@ import numpy as np
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from data.records import Media, Sample
-from evaluate._engine import Limits, run_pipeline
+from evaluate._engine import run_pipeline
 from evaluate._flags import build_parser
-from evaluate._models import AsyncVllm, build_encoder, engine_args
+from evaluate._models import build_encoder, build_engine, limits_of
 from evaluate._scoring import Benchmark
+
+WAYS = ("loop", "batch", "pipeline")
 
 
 def write_clip(path: Path, seed: int, seconds: float, width: int, height: int, fps: int = 24) -> None:
@@ -149,9 +154,9 @@ async def pipeline_way(samples, encoder, engine, sampling, limits, frames) -> di
 
 async def measure(args, run_args, samples) -> dict:
     encoder, frames = build_encoder(run_args, "direct", None)
-    engine = AsyncVllm(run_args.model, **engine_args(run_args))
+    engine = build_engine(run_args, encoder)
     sampling = {"temperature": 0.0, "max_tokens": args.response_tokens, "min_tokens": args.response_tokens}
-    limits = Limits(loaders=args.loaders, max_concurrent=2 * run_args.max_num_seqs, clip_bytes=64 << 20)
+    limits = limits_of(run_args)
     cores = min(args.loaders, len(os.sched_getaffinity(0)))
 
     ways = {
@@ -159,12 +164,15 @@ async def measure(args, run_args, samples) -> dict:
         "batch": lambda: batch_way(samples, encoder, engine, sampling),
         "pipeline": lambda: pipeline_way(samples, encoder, engine, sampling, limits, frames),
     }
+    ways = {name: way for name, way in ways.items() if name in args.ways}
     times: dict[str, list[float]] = {name: [] for name in ways}
     facts: dict[str, list[dict]] = {name: [] for name in ways}
     gpu_idle: dict[str, list[float | None]] = {name: [] for name in ways}
     try:
         for sample in samples[:2]:  # warm up: kernels, decoder, tokenizer
-            await engine.generate(encoder.encode(sample).vllm_prompt, sampling, f"warm-{sample.id}")
+            prompt = encoder.encode(sample)
+            await engine.generate(prompt.vllm_prompt, sampling, f"warm-{sample.id}")
+            await engine.generate(engine.render(prompt, {}), sampling, f"warm-ours-{sample.id}")
         if args.cached:
             for media in {sample.media[0] for sample in samples}:
                 frames.frames(media, encoder.video)
@@ -177,44 +185,63 @@ async def measure(args, run_args, samples) -> dict:
                 times[name].append(time.perf_counter() - began)
                 gpu_idle[name].append(watch.idle_share)
                 print(f"  {name}: {times[name][-1]:.2f} s, GPU idle {watch.idle_share}", flush=True)
-        load_s = clip_load_time(samples, encoder, frames)
+        load_s = clip_load_time(samples, encoder, engine, frames)
     finally:
         engine.close()
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    engine_s = statistics.median(fact["engine_s"] for fact in facts["batch"])
-    engine_cpu_s = statistics.median(fact["engine_cpu_s"] for fact in facts["batch"])
-    bound_s = max(load_s / cores, engine_s)
-    cpu_bound_s = max(bound_s, (load_s + engine_cpu_s) / len(os.sched_getaffinity(0)))
-    engine_idle = statistics.median(fact["engine_idle_share"] for fact in facts["pipeline"])
-    return {
+    found = {
         "questions": len(samples),
         "clips": args.clips,
-        "median_s": {name: round(value, 3) for name, value in middle.items()},
+        "median_s": {name: round(statistics.median(values), 3) for name, values in times.items()},
         "all_s": {name: [round(value, 3) for value in values] for name, values in times.items()},
-        "load_all_clips_once_cpu_s": round(load_s, 3),
-        "batched_engine_s": round(engine_s, 3),
-        "batched_engine_cpu_s": round(engine_cpu_s, 3),
-        "bound_s": round(bound_s, 3),
-        "bound_with_engine_on_the_same_cores_s": round(cpu_bound_s, 3),
-        "share_of_bound": round(bound_s / middle["pipeline"], 3),
-        "share_of_bound_with_engine_on_the_same_cores": round(cpu_bound_s / middle["pipeline"], 3),
-        "times_the_loop": round(middle["loop"] / middle["pipeline"], 2),
-        "times_whole_batch": round(middle["batch"] / middle["pipeline"], 2),
-        "engine_idle_share": engine_idle,
         "gpu_idle_share": {name: statistics.median(idle) for name, idle in gpu_idle.items() if None not in idle},
-        "mean_requests_in_engine": statistics.median(fact["mean_requests_in_engine"] for fact in facts["pipeline"]),
-        "peak_in_flight_mib": max(fact["peak_in_flight_mib"] for fact in facts["pipeline"]),
+        "load_all_clips_once_cpu_s": round(load_s, 3),
     }
+    return found | figures(times, facts, load_s, cores, args.clips)
 
 
-def clip_load_time(samples: list[Sample], encoder, frames) -> float:
+def figures(
+    times: dict[str, list[float]], facts: dict[str, list[dict]], load_s: float, cores: int, clips: int
+) -> dict[str, float]:
+    """What follows from seconds and facts per way and round; without those that need a way that was not run."""
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    found: dict[str, float] = {}
+    if "batch" in middle:
+        engine_s = statistics.median(fact["engine_s"] for fact in facts["batch"])
+        engine_cpu_s = statistics.median(fact["engine_cpu_s"] for fact in facts["batch"])
+        bound_s = max(load_s / cores, engine_s)
+        cpu_bound_s = max(bound_s, (load_s + engine_cpu_s) / len(os.sched_getaffinity(0)))
+        found |= {
+            "batched_engine_s": engine_s,
+            "batched_engine_cpu_s": engine_cpu_s,
+            "bound_s": bound_s,
+            "bound_with_engine_on_the_same_cores_s": cpu_bound_s,
+        }
+        if "pipeline" in middle:
+            found["share_of_bound"] = bound_s / middle["pipeline"]
+            found["share_of_bound_with_engine_on_the_same_cores"] = cpu_bound_s / middle["pipeline"]
+            found["times_whole_batch"] = middle["batch"] / middle["pipeline"]
+    if "pipeline" in middle:
+        if "loop" in middle:
+            found["times_the_loop"] = middle["loop"] / middle["pipeline"]
+        told = facts["pipeline"]
+        found |= {
+            "engine_idle_share": statistics.median(fact["engine_idle_share"] for fact in told),
+            "loader_thread_s_per_clip": statistics.median(fact["prepare_thread_s"] for fact in told) / clips,
+            "rendering_thread_s_per_clip": statistics.median(fact["render_thread_s"] for fact in told) / clips,
+            "mean_requests_in_engine": statistics.median(fact["mean_requests_in_engine"] for fact in told),
+            "peak_in_flight_mib": max(fact["peak_in_flight_mib"] for fact in told),
+        }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def clip_load_time(samples: list[Sample], encoder, engine, frames) -> float:
     """CPU seconds of preparing every question on one thread, each video read once: what the loaders have to share."""
     began, scope, media = time.process_time(), {}, None
     for sample in samples:
         if sample.media != media:
             scope, media = {}, sample.media
         frames.use(scope)
-        encoder.encode(sample)
+        engine.render(encoder.encode(sample), scope)
     frames.use(None)
     return time.process_time() - began
 
@@ -237,6 +264,7 @@ def main() -> int:
     parser.add_argument("--kv_cache_gib", type=float, help="size of vLLM's KV cache (default: the evaluation's own)")
     parser.add_argument("--dtype", default="auto", help="vLLM dtype")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways are measured")
     parser.add_argument("--cached", action="store_true", help="frames from the frame cache, filled before")
     parser.add_argument("--output", help="write the figures here (JSON)")
     args = parser.parse_args()
@@ -256,7 +284,7 @@ def main() -> int:
             "--dtype",
             args.dtype,
         ]
-        flags += ["--max_model_len", str(args.max_model_len)]
+        flags += ["--max_model_len", str(args.max_model_len), "--loaders", str(args.loaders)]
         # vLLM's encoder cache has as many tokens: a clip with more of them would be refused.
         flags += ["--max_num_batched_tokens", str(max(8192, args.max_model_len))]
         if args.kv_cache_gib:
@@ -265,10 +293,10 @@ def main() -> int:
             (folder / "cache").mkdir()
             flags += ["--cache_dir", str(folder / "cache")]
         run_args = build_parser(Benchmark(name="bench", title="bench", load=lambda a: [])).parse_args(flags)
-        figures = asyncio.run(measure(args, run_args, questions(folder, args.clips, args.questions)))
-    print(json.dumps(figures, indent=1))
+        found = asyncio.run(measure(args, run_args, questions(folder, args.clips, args.questions)))
+    print(json.dumps(found, indent=1))
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        Path(args.output).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 
 

@@ -25,14 +25,14 @@ from data.prompts import build_messages
 from data.records import Prompt, Sample
 from data.video import VideoSettings, read_video
 from evaluate._annotations import load_benchmark
-from evaluate._engine import Completion, RequestFailed, SharedFrames
+from evaluate._engine import Completion, Engine, RequestFailed, SharedFrames
 from evaluate._run import main
 from evaluate._scoring import Benchmark
 
 SMALL = VideoSettings(fps=2.0, min_frames=2, max_frames=4, max_pixels=4096, min_pixels=1024)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Answers after `delay_s` with `answer(text)`; records what it was asked and how many requests ran together."""
 
     def __init__(self, answer=None, delay_s: float = 0.0, slots: int = 8):

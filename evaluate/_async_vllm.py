@@ -1,0 +1,104 @@
+"""vLLM's AsyncLLM as the pipeline's engine, given prompts that the loader threads have rendered.
+
+vLLM would run the Hugging Face processor over every clip on one thread of this process, half a second and more for 128 frames,
+while the GPU waits. Here each loader renders its own clip (rollout/vllm_inputs.py, compared with vLLM's rendering), and the
+result crosses to the engine's process once, whatever the number of questions about it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Any
+
+import psutil
+
+from data.encode import Encoder
+from data.records import Prompt
+from evaluate._engine import Completion, Engine, RequestFailed
+from rollout import vllm_access
+from rollout.vllm_inputs import EngineInputs
+
+
+class AsyncVllm(Engine):
+    """vLLM's AsyncLLM. Must be made and used inside one running event loop, because its output handler lives there.
+
+    `encoder`: the one that makes the prompts, of the same model folder. `render` alone may be called in other threads.
+    """
+
+    def __init__(self, model: str, encoder: Encoder, **engine_args: Any):
+        # Asking torch whether there is a GPU (evaluate._models.on_gpu) is enough to make CUDA unusable in a forked child.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        vllm_access.installed_version()
+        from vllm import AsyncEngineArgs, SamplingParams
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._sampling_params, self._request_errors = SamplingParams, vllm_access.request_errors()
+        before = set(psutil.Process().children(recursive=True))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
+        self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
+        self._inputs = EngineInputs(self._llm, encoder)
+
+    def render(self, prompt: Prompt, shared: dict) -> dict[str, Any]:
+        """Ours where it is known to be vLLM's, else vLLM's (one at a time, and kept by vLLM for the clip's other questions).
+        Raises RequestFailed for what vLLM's processor refuses."""
+        try:
+            rendered = self._inputs(prompt, shared)
+            if prompt.grid_kinds and "mm_kwargs" not in rendered:
+                rendered = vllm_access.render(self._llm, rendered)
+        except self._request_errors as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        return rendered
+
+    def extend(self, prompt: Prompt, more: str) -> dict[str, Any]:
+        if "mm_kwargs" not in prompt.vllm_prompt:
+            return super().extend(prompt, more)
+        return self._inputs.extended(prompt, prompt.vllm_prompt, more)
+
+    async def generate(self, prompt: dict[str, Any], sampling: dict[str, Any], request_id: str) -> Completion:
+        """Raises RequestFailed for this request alone, EngineDeadError when the engine is gone."""
+        from vllm.sampling_params import RequestOutputKind
+
+        params = self._sampling_params(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+        final = None
+        try:
+            if "mm_kwargs" in prompt:
+                await vllm_access.check_request(self._llm, request_id, prompt, params)
+                prompt = vllm_access.without_known_media(self._llm, prompt)
+            async for output in self._llm.generate(prompt, params, request_id):
+                final = output
+        except self._request_errors as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        if final is None or not final.outputs:
+            raise RequestFailed("the engine returned nothing")
+        answer = final.outputs[0]
+        if answer.finish_reason in ("abort", "error", None):
+            raise RequestFailed(f"the engine ended the answer: {answer.finish_reason}")
+        return Completion(
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=len(final.prompt_token_ids or ()),
+            response_tokens=len(answer.token_ids),
+        )
+
+    async def reset_caches(self) -> None:
+        """Forgets prefixes and processed media, for measurements that must start equal."""
+        await self._llm.reset_prefix_cache()
+        await self._llm.reset_mm_cache()
+
+    def close(self) -> None:
+        self._llm.shutdown()
+        del self._inputs, self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
+        self._guard.kill()
+        self._guard.wait()
+
+
+def end_with_me(pids: list[int]) -> subprocess.Popen:
+    """A process that kills `pids` once this one is gone, however it went; kill it first if all ends well.
+
+    vLLM's engine outlives a front end that died of SIGKILL and keeps its GPU memory, so that the next run, which would
+    go on where this one stopped, could not start.
+    """
+    script = 'cat > /dev/null; kill -KILL "$@" 2> /dev/null'  # standard input ends with this process
+    command = ["sh", "-c", script, "sh", *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
