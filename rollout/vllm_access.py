@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,11 +78,21 @@ def build_llm(**arguments: Any):
 
 
 def sampling_params(**arguments: Any):
-    """A vllm.SamplingParams that reports a request once, when all its n responses have ended."""
+    """A vllm.SamplingParams that reports a request once, when all its n responses have ended.
+
+    Without stop strings vLLM makes no text (Detokenizer does, once per response): it would decode every token twice while
+    the device waits, once for the text and once to name its log-prob. Log-probs come in flat lists instead of a dictionary
+    and an object per token.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **arguments)
+    return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        detokenize=bool(arguments.get("stop")),
+        flat_logprobs=True,
+        **arguments,
+    )
 
 
 # The request loop.
@@ -117,7 +129,9 @@ def add_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
 def limit_responses(llm, request_id: str, limits: list[int]) -> None:
     """Response i of a request just added ends after limits[i] tokens at the latest. Raises RuntimeError if vLLM does
     not list its responses where this version is known to."""
-    scheduled = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    # The request was added last, so its responses are the last entries; there may be hundreds of others before.
+    scheduled = {name: requests[name] for name in itertools.islice(reversed(requests), len(limits))}
     if len(limits) == 1:
         found = [request for name, request in scheduled.items() if _is(name, request_id)]
     else:  # vLLM calls response i of request R "i_R", and may append to R
@@ -136,6 +150,48 @@ def limit_responses(llm, request_id: str, limits: list[int]) -> None:
 
 def _is(name: str, request_id: str) -> bool:
     return name == request_id or name.startswith(f"{request_id}-")
+
+
+def sampled_logprobs(output) -> list[float]:
+    """Log-probs of the tokens of one finished response (a CompletionOutput), as sampling_params() asks for them.
+
+    Raises RuntimeError if they are not of these tokens.
+    """
+    flat = output.logprobs
+    starts = flat.start_indices  # the sampled token comes first at each position
+    if [flat.token_ids[at] for at in starts] != list(output.token_ids):
+        raise RuntimeError(
+            f"vLLM reports log-probs of {len(starts)} other tokens than the {len(output.token_ids)} it sampled"
+        )
+    return [flat.logprobs[at] for at in starts]
+
+
+class Detokenizer:
+    """Texts of finished responses, equal to those that vLLM makes token by token: special tokens are left out, and so are
+    bytes at the end that are no whole character yet."""
+
+    def __init__(self, llm):
+        from tokenizers.decoders import ByteLevel
+
+        self.tokenizer = llm.get_tokenizer()
+        self.params = sampling_params()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
+        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
+
+    def __call__(self, prompt_ids: list[int], token_ids: list[int]) -> str:
+        if self._bytes is not None:
+            text = self._bytes.decode(token_ids, skip_special_tokens=self.params.skip_special_tokens)
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return text
+        # Bytes that are no characters: how they come out depends on where vLLM's stream of tokens broke off. And
+        # tokenizers of another make, whose first piece depends on what stands before it.
+        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+        request = SimpleNamespace(request_id="finished", prompt_token_ids=prompt_ids, sampling_params=self.params)
+        stream = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
+        stream.update(token_ids, stop_terminated=False)
+        return stream.get_next_output_text(finished=True, delta=False)
 
 
 def step(llm) -> list:
