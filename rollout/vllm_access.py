@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 OLDEST, NEWEST = (0, 26), (0, 32)
@@ -74,6 +75,7 @@ def build_llm(**arguments: Any):
     if torch.get_num_threads() != threads and not torch.cuda.is_available():
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
+    hold_tokens(llm.llm_engine.output_processor)
     return llm
 
 
@@ -152,6 +154,72 @@ def _is(name: str, request_id: str) -> bool:
     return name == request_id or name.startswith(f"{request_id}-")
 
 
+def hold_tokens(processor) -> None:
+    """Have vLLM's output processor see the tokens of a response together when it ends, instead of one in every step.
+
+    Only a response that nobody reads before its end, and only tokens with nothing to do but to be kept: its text is not
+    made, its first token (which carries the prompt's statistics) has been seen. vLLM's code takes several tokens in one
+    output, as speculative decoding makes them; log-probs go where it puts them.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    original, states = processor.process_outputs, processor.request_states
+    if processor.log_stats or processor.tracing_enabled:
+        return  # these count tokens as they come
+
+    def waits(state) -> bool:
+        """Asked once per response."""
+        logprobs = state.logprobs_processor
+        return (
+            state.output_kind == RequestOutputKind.FINAL_ONLY
+            and type(state.detokenizer) is IncrementalDetokenizer  # the one that makes no text
+            and logprobs is not None
+            and logprobs.num_logprobs == 0
+            and hasattr(logprobs.logprobs, "start_indices")  # flat
+        )
+
+    def process_outputs(outputs, *arguments, **named):
+        seen = []
+        for output in outputs:
+            state = states.get(output.request_id)
+            if state is None or state.is_prefilling:
+                seen.append(output)
+                continue
+            held = getattr(state, "held", None)
+            if held is None:
+                held = state.held = [] if waits(state) else False
+            if held is False:
+                seen.append(output)
+                continue
+            held.append(output)
+            if output.finish_reason is not None:
+                seen.append(_join(held, state.logprobs_processor))
+        return original(seen, *arguments, **named)
+
+    processor.process_outputs = process_outputs
+
+
+def _join(held: list, logprobs) -> Any:
+    """The last of a response's outputs, with the tokens of all; their log-probs are put into vLLM's flat lists here."""
+    last, flat = held[-1], logprobs.logprobs
+    last.new_token_ids = [token for output in held for token in output.new_token_ids]
+    parts = [output.new_logprobs for output in held if output.new_logprobs is not None]
+    last.new_logprobs = None
+    if parts:
+        # (tokens, 1) ids and log-probs, (tokens,) ranks; the sampled token's own column comes first.
+        ids, values = (np.concatenate([part[number][:, 0] for part in parts]).tolist() for number in (0, 1))
+        start = len(flat.logprobs)
+        flat.start_indices.extend(range(start, start + len(ids)))
+        flat.end_indices.extend(range(start + 1, start + 1 + len(ids)))
+        flat.token_ids.extend(ids)
+        flat.logprobs.extend(values)
+        flat.ranks.extend(np.concatenate([part[2] for part in parts]).tolist())
+        flat.decoded_tokens.extend([None] * len(ids))
+        logprobs.cumulative_logprob += sum(values)
+    return last
+
+
 def sampled_logprobs(output) -> list[float]:
     """Log-probs of the tokens of one finished response (a CompletionOutput), as sampling_params() asks for them.
 
@@ -171,15 +239,11 @@ class Detokenizer:
     bytes at the end that are no whole character yet."""
 
     def __init__(self, llm):
-        from tokenizers.decoders import ByteLevel
-
-        self.tokenizer = llm.get_tokenizer()
-        self.params = sampling_params()
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
-        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
+        self.llm, self.params = llm, None
 
     def __call__(self, prompt_ids: list[int], token_ids: list[int]) -> str:
+        if self.params is None:
+            self._prepare()
         if self._bytes is not None:
             text = self._bytes.decode(token_ids, skip_special_tokens=self.params.skip_special_tokens)
             if "\N{REPLACEMENT CHARACTER}" not in text:
@@ -192,6 +256,14 @@ class Detokenizer:
         stream = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
         stream.update(token_ids, stop_terminated=False)
         return stream.get_next_output_text(finished=True, delta=False)
+
+    def _prepare(self) -> None:
+        from tokenizers.decoders import ByteLevel
+
+        self.tokenizer, self.params = self.llm.get_tokenizer(), sampling_params()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
+        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
 
 
 def step(llm) -> list:

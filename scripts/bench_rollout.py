@@ -4,11 +4,11 @@
     python scripts/bench_rollout.py --profile 30          # the functions with the most time of their own, and in all
     python scripts/bench_rollout.py --media video --prompts 8 --rollout_seed engine
 
-The model's own work is small here, so what is left is vLLM's scheduler, its output processing and rollout/engine.py: the
-time for which a fast GPU waits. Processor seconds of this process, which a busy machine stretches less than the clock's;
-"forced" responses have just their length (between half and one and a half of --tokens), "natural" ones end when they do.
-`digest` is of all ids, log-probs (to the bit), finish reasons and texts: equal numbers mean that two versions of the code
-give equal responses. To compare two versions run them in turns, with --rounds 1, and take medians.
+The model's own work is small here, and `host` is what remains without it (without the worker's calls): vLLM's scheduler, its
+output processing and rollout/engine.py, for which a fast GPU waits. All in processor seconds of this process, which a busy
+machine stretches less than the clock's. "forced" responses have just their length (between half and one and a half of
+--tokens), "natural" ones end when they do. `digest` is of all ids, log-probs (to the bit), finish reasons and texts: equal
+digests mean that two versions of the code give equal responses. To compare two versions, run them in turns and take medians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the model is not what is measured
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = "a man woman red blue car walks opens door kitchen table camera moves left right after scene people".split(" ")
+TEXT = "a man woman red blue car walks opens door kitchen table camera moves left right after scene people"
+WORDS = TEXT.split()
 CLIPS = 4  # different videos; prompts share them
 
 
@@ -46,15 +47,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     work.add_argument("--tokens", type=int, default=40, help="mean length of a response that is forced")
     work.add_argument("--media", choices=("text", "video"), default="text", help="what the prompts hold")
     work.add_argument("--lengths", choices=("forced", "natural"), nargs="+", default=["forced", "natural"])
+    work.add_argument(
+        "--any_bytes", action="store_true", help="sample pieces of characters, too, as no trained model does"
+    )
     work.add_argument("--stop", nargs="*", default=None, help="stop strings, which need text after every token")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--model", help="Hugging Face folder; default: a tiny one with random weights, made on the spot")
+    engine.add_argument(
+        "--model", help="Hugging Face folder; default: a tiny one with random weights, made on the spot"
+    )
     engine.add_argument("--rollout_seed", choices=("request", "engine"), default="request")
     engine.add_argument("--max_num_seqs", type=int, default=512, help="responses decoded at once")
     engine.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     output = parser.add_argument_group("output")
     output.add_argument("--rounds", type=int, default=3, help="measured rollouts of each kind, after one that warms up")
-    output.add_argument("--profile", type=int, default=0, metavar="N", help="print N functions by own and by total time")
+    output.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="print N functions by own and by total time"
+    )
     output.add_argument("--json", type=Path, help="write the results here, too")
     args = parser.parse_args(argv)
     for name in ("prompts", "responses", "tokens", "max_num_seqs", "rounds"):
@@ -72,6 +80,12 @@ def make_model_folder(folder: Path) -> str:
     tokenizer = train_tokenizer(texts)
     save_model(folder, make_model(tokenizer, seed=5), make_processor(tokenizer))
     return str(folder)
+
+
+def broken_ids(tokenizer) -> tuple[int, ...]:
+    """Tokens that are no whole characters by themselves. Random weights sample them all the time, and text with them in it
+    costs more."""
+    return tuple(i for i in range(len(tokenizer)) if "\N{REPLACEMENT CHARACTER}" in tokenizer.decode([i]))
 
 
 def make_prompts(args: argparse.Namespace, encoder, folder: Path) -> list:
@@ -119,19 +133,29 @@ def rollout(engine, prompts: list, args: argparse.Namespace, kind: str, step: in
     """One rollout, measured from the call to the last group."""
     from rollout import vllm_access
 
-    steps, original = 0, vllm_access.step
+    steps, worker_s = 0, 0.0
+    original, executor = vllm_access.step, engine.llm.llm_engine.model_executor
+    call = executor.collective_rpc
 
     def counted(llm):
         nonlocal steps
         steps += 1
         return original(llm)
 
-    vllm_access.step = counted
+    def timed(*given, **named):
+        nonlocal worker_s
+        called = time.process_time()
+        result = call(*given, **named)
+        worker_s += time.process_time() - called
+        return result
+
+    vllm_access.step, executor.collective_rpc = counted, timed
     began, began_cpu = time.perf_counter(), time.process_time()
     try:
         groups = dict(engine.generate(prompts, n=args.responses, sampling=sampling_of(args, kind), step=step))
     finally:
         vllm_access.step = original
+        del executor.collective_rpc  # the class's method shows again
     cpu_s, wall_s = time.process_time() - began_cpu, time.perf_counter() - began
     digest, tokens = hashlib.blake2b(digest_size=8), 0
     for index in sorted(groups):
@@ -139,7 +163,8 @@ def rollout(engine, prompts: list, args: argparse.Namespace, kind: str, step: in
             tokens += len(response.token_ids)
             logprobs = [float(value).hex() for value in response.rollout_logprobs]
             digest.update(repr((response.token_ids, logprobs, response.finish_reason, response.text)).encode())
-    return {"cpu_s": cpu_s, "wall_s": wall_s, "steps": steps, "tokens": tokens, "digest": digest.hexdigest()}
+    times = {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": cpu_s - worker_s}
+    return {**times, "steps": steps, "tokens": tokens, "digest": digest.hexdigest()}
 
 
 def profiled(engine, prompts: list, args: argparse.Namespace, kind: str) -> str:
@@ -156,15 +181,14 @@ def profiled(engine, prompts: list, args: argparse.Namespace, kind: str) -> str:
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds of one kind; a digest of all rounds' digests."""
-    median = {
-        name: statistics.median(each[name] for each in rounds) for name in ("cpu_s", "wall_s", "steps", "tokens")
-    }
+    names = ("wall_s", "cpu_s", "host_s", "steps", "tokens")
+    median = {name: statistics.median(each[name] for each in rounds) for name in names}
     return {
         **median,
-        "cpu_ms_per_step": 1e3 * median["cpu_s"] / median["steps"],
-        "cpu_us_per_token": 1e6 * median["cpu_s"] / median["tokens"],
+        "host_ms_per_step": 1e3 * median["host_s"] / median["steps"],
+        "host_us_per_token": 1e6 * median["host_s"] / median["tokens"],
         "digest": hashlib.blake2b("".join(each["digest"] for each in rounds).encode(), digest_size=8).hexdigest(),
-        "rounds_cpu_s": [each["cpu_s"] for each in rounds],
+        "rounds": rounds,
     }
 
 
@@ -182,6 +206,8 @@ def main() -> None:
             image={"min_pixels": 4096, "max_pixels": 128 * 128},
             style="direct",
         )
+        if not args.any_bytes:
+            encoder.visual_token_ids += broken_ids(encoder.tokenizer)  # what the engine never samples
         prompts = make_prompts(args, encoder, folder / "clips")
         longest = max(len(prompt.input_ids) for prompt in prompts)
         engine = RolloutEngine(
@@ -204,12 +230,10 @@ def main() -> None:
     report = {"work": {name: value for name, value in vars(args).items() if name != "json"}, "results": results}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
-    print(f"{'':8} {'cpu s':>8} {'wall s':>8} {'steps':>6} {'tokens':>7} {'cpu ms/step':>12} {'cpu us/token':>13}  digest")
+    columns = ("wall_s", "cpu_s", "host_s", "steps", "tokens", "host_ms_per_step", "host_us_per_token")
+    print(" " * 8, *(f"{name:>{max(8, len(name))}}" for name in columns), " digest")
     for kind, row in results.items():
-        print(
-            f"{kind:8} {row['cpu_s']:8.3f} {row['wall_s']:8.3f} {row['steps']:6.0f} {row['tokens']:7.0f} "
-            f"{row['cpu_ms_per_step']:12.2f} {row['cpu_us_per_token']:13.1f}  {row['digest']}"
-        )
+        print(f"{kind:8}", *(f"{row[name]:{max(8, len(name))}.6g}" for name in columns), "", row["digest"])
 
 
 if __name__ == "__main__":
