@@ -188,33 +188,33 @@ def hold_tokens(processor) -> None:
                 continue
             held = getattr(state, "held", None)
             if held is None:
-                held = state.held = [] if waits(state) else False
-            if held is False:
+                held = state.held = ([], [], [], []) if waits(state) else ()
+            if not held:
                 seen.append(output)
                 continue
-            held.append(output)
+            tokens, *columns = held
+            tokens += output.new_token_ids
+            if output.new_logprobs is not None:  # arrays: ids and log-probs (1, 1), ranks (1,)
+                for column, part in zip(columns, output.new_logprobs):
+                    column.append(part)
             if output.finish_reason is not None:
-                seen.append(_join(held, state.logprobs_processor))
+                seen.append(_join(output, tokens, columns, state.logprobs_processor))
         return original(seen, *arguments, **named)
 
     processor.process_outputs = process_outputs
 
 
-def _join(held: list, logprobs) -> Any:
-    """The last of a response's outputs, with the tokens of all; their log-probs are put into vLLM's flat lists here."""
-    last, flat = held[-1], logprobs.logprobs
-    last.new_token_ids = [token for output in held for token in output.new_token_ids]
-    parts = [output.new_logprobs for output in held if output.new_logprobs is not None]
-    last.new_logprobs = None
-    if parts:
-        # (tokens, 1) ids and log-probs, (tokens,) ranks; the sampled token's own column comes first.
-        ids, values = (np.concatenate([part[number][:, 0] for part in parts]).tolist() for number in (0, 1))
-        start = len(flat.logprobs)
+def _join(last, tokens: list[int], columns: list[list[np.ndarray]], logprobs) -> Any:
+    """The last of a response's outputs, with all its tokens; their log-probs are put into vLLM's flat lists here."""
+    last.new_token_ids, last.new_logprobs = tokens, None
+    if columns[0]:
+        flat, start = logprobs.logprobs, len(logprobs.logprobs.logprobs)
+        ids, values = (np.concatenate(parts)[:, 0].tolist() for parts in columns[:2])  # the sampled token comes first
         flat.start_indices.extend(range(start, start + len(ids)))
         flat.end_indices.extend(range(start + 1, start + 1 + len(ids)))
         flat.token_ids.extend(ids)
         flat.logprobs.extend(values)
-        flat.ranks.extend(np.concatenate([part[2] for part in parts]).tolist())
+        flat.ranks.extend(np.concatenate(columns[2]).tolist())
         flat.decoded_tokens.extend([None] * len(ids))
         logprobs.cumulative_logprob += sum(values)
     return last

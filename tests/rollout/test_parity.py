@@ -49,14 +49,8 @@ def make_sample(folder, names, number=0) -> Sample:
 def make_engine(model_dir, dtype="fp32", **changes):
     encoder = Encoder(model_dir, video=VIDEO, image=IMAGE, style="direct")
     engine = RolloutEngine(
-        model_dir,
-        encoder=encoder,
-        dtype=dtype,
-        max_model_len=1024,
-        max_num_seqs=16,
-        kv_cache_gib=0.0625,
-        seed=3,
-        **changes,
+        model_dir, encoder=encoder, dtype=dtype, max_model_len=1024, max_num_seqs=16, kv_cache_gib=0.0625, seed=3,
+        **changes
     )
     return encoder, engine
 
