@@ -132,6 +132,7 @@ class RolloutEngine:
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.inputs = EngineInputs(self.llm, encoder)
+        self._detokenizer = vllm_access.Detokenizer(self.llm)
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._names = expected_names(encoder.config, trust_remote_code)  # emptied after the first sync
         self._asleep = {"weights": False, "kv_cache": False}
@@ -167,10 +168,9 @@ class RolloutEngine:
             seed = self._request_seed(prompt, step, f"{salt}#{seen[prompt.sample.id]}")
             seen[prompt.sample.id] += 1
             waiting.append((index, prompt, self._params(prompt, number, setting, seed)))
-        limits = [s["max_tokens"] if isinstance(s["max_tokens"], list) else None for s in settings]
-        return self._run(prompts, waiting, limits, step, salt)
+        return self._run(prompts, waiting, settings, step, salt)
 
-    def _run(self, prompts, waiting, limits, step, salt) -> Iterator[tuple[int, list[Response]]]:
+    def _run(self, prompts, waiting, settings, step, salt) -> Iterator[tuple[int, list[Response]]]:
         self._calls += 1
         running: dict[str, int] = {}
         waiting.reverse()
@@ -182,13 +182,13 @@ class RolloutEngine:
                     index, prompt, params = waiting.pop()
                     request_id = f"{self._calls}-{index}"
                     vllm_access.add_request(self.llm, request_id, self.inputs(prompt), params)
-                    if limits[index]:
-                        vllm_access.limit_responses(self.llm, request_id, limits[index])
+                    if isinstance(limits := settings[index]["max_tokens"], list):
+                        vllm_access.limit_responses(self.llm, request_id, limits)
                     running[request_id] = index
                 for output in vllm_access.step(self.llm):
                     index = running.pop(_our_id(output.request_id, running))
                     self._compare(prompts[index], list(output.prompt_token_ids))
-                    yield index, [_response(item) for item in sorted(output.outputs, key=lambda item: item.index)]
+                    yield index, self._responses(output, bool(settings[index].get("stop")))
         finally:
             if running:
                 vllm_access.abort(self.llm, list(running))
@@ -258,6 +258,17 @@ class RolloutEngine:
             return
         raise PromptMismatch(describe_mismatch(prompt.sample.id, ours.tolist(), theirs, self.encoder.tokenizer))
 
+    def _responses(self, output, has_text: bool) -> list[Response]:
+        """A finished request's responses, in slot order. has_text: vLLM made their texts, to look for stop strings."""
+        responses = []
+        for item in sorted(output.outputs, key=lambda item: item.index):
+            if item.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a response with {item.finish_reason!r}")
+            tokens = list(item.token_ids)
+            text = item.text if has_text else self._detokenizer(output.prompt_token_ids, tokens)
+            responses.append(Response(tokens, vllm_access.sampled_logprobs(item), item.finish_reason, text=text))
+        return responses
+
     def sync(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         """New weights under Hugging Face names, then empty caches -> number of tensors. Collective if the iterator is.
 
@@ -324,14 +335,6 @@ def _our_id(reported: str, running: dict[str, int]) -> str:
     if reported in running:
         return reported
     return next(ours for ours in running if reported.startswith(f"{ours}-"))
-
-
-def _response(item) -> Response:
-    if item.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with {item.finish_reason!r}")
-    tokens = list(item.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(tokens, item.logprobs, strict=True)]
-    return Response(token_ids=tokens, rollout_logprobs=logprobs, finish_reason=item.finish_reason, text=item.text)
 
 
 def _hash(*parts: object) -> int:

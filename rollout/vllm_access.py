@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 OLDEST, NEWEST = (0, 26), (0, 32)
@@ -82,15 +85,26 @@ def build_llm(**arguments: Any):
     if torch.get_num_threads() != threads and not torch.cuda.is_available():
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
+    hold_tokens(llm.llm_engine.output_processor)
     return llm
 
 
 def sampling_params(**arguments: Any):
-    """A vllm.SamplingParams that reports a request once, when all its n responses have ended."""
+    """A vllm.SamplingParams that reports a request once, when all its n responses have ended.
+
+    Without stop strings vLLM makes no text (Detokenizer does, once per response): it would decode every token twice while
+    the device waits, once for the text and once to name its log-prob. Log-probs come in flat lists instead of a dictionary
+    and an object per token.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **arguments)
+    return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        detokenize=bool(arguments.get("stop")),
+        flat_logprobs=True,
+        **arguments,
+    )
 
 
 # The request loop.
@@ -201,7 +215,9 @@ def add_request(llm, request_id: str, prompt: dict[str, Any], params) -> None:
 def limit_responses(llm, request_id: str, limits: list[int]) -> None:
     """Response i of a request just added ends after limits[i] tokens at the latest. Raises RuntimeError if vLLM does
     not list its responses where this version is known to."""
-    scheduled = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    # The request was added last, so its responses are the last entries; there may be hundreds of others before.
+    scheduled = {name: requests[name] for name in itertools.islice(reversed(requests), len(limits))}
     if len(limits) == 1:
         found = [request for name, request in scheduled.items() if _is(name, request_id)]
     else:  # vLLM calls response i of request R "i_R", and may append to R
@@ -220,6 +236,118 @@ def limit_responses(llm, request_id: str, limits: list[int]) -> None:
 
 def _is(name: str, request_id: str) -> bool:
     return name == request_id or name.startswith(f"{request_id}-")
+
+
+def hold_tokens(processor) -> None:
+    """Have vLLM's output processor see the tokens of a response together when it ends, instead of one in every step.
+
+    Only a response that nobody reads before its end, and only tokens with nothing to do but to be kept: its text is not
+    made, its first token (which carries the prompt's statistics) has been seen. vLLM's code takes several tokens in one
+    output, as speculative decoding makes them; log-probs go where it puts them.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    original, states = processor.process_outputs, processor.request_states
+    if processor.log_stats or processor.tracing_enabled:
+        return  # these count tokens as they come
+
+    def waits(state) -> bool:
+        """Asked once per response."""
+        logprobs = state.logprobs_processor
+        return (
+            state.output_kind == RequestOutputKind.FINAL_ONLY
+            and type(state.detokenizer) is IncrementalDetokenizer  # the one that makes no text
+            and logprobs is not None
+            and logprobs.num_logprobs == 0
+            and hasattr(logprobs.logprobs, "start_indices")  # flat
+        )
+
+    def process_outputs(outputs, *arguments, **named):
+        seen = []
+        for output in outputs:
+            state = states.get(output.request_id)
+            if state is None or state.is_prefilling:
+                seen.append(output)
+                continue
+            held = getattr(state, "held", None)
+            if held is None:
+                held = state.held = ([], [], [], []) if waits(state) else ()
+            if not held:
+                seen.append(output)
+                continue
+            tokens, *columns = held
+            tokens += output.new_token_ids
+            if output.new_logprobs is not None:  # arrays: ids and log-probs (1, 1), ranks (1,)
+                for column, part in zip(columns, output.new_logprobs):
+                    column.append(part)
+            if output.finish_reason is not None:
+                seen.append(_join(output, tokens, columns, state.logprobs_processor))
+        return original(seen, *arguments, **named)
+
+    processor.process_outputs = process_outputs
+
+
+def _join(last, tokens: list[int], columns: list[list[np.ndarray]], logprobs) -> Any:
+    """The last of a response's outputs, with all its tokens; their log-probs are put into vLLM's flat lists here."""
+    last.new_token_ids, last.new_logprobs = tokens, None
+    if columns[0]:
+        flat, start = logprobs.logprobs, len(logprobs.logprobs.logprobs)
+        ids, values = (np.concatenate(parts)[:, 0].tolist() for parts in columns[:2])  # the sampled token comes first
+        flat.start_indices.extend(range(start, start + len(ids)))
+        flat.end_indices.extend(range(start + 1, start + 1 + len(ids)))
+        flat.token_ids.extend(ids)
+        flat.logprobs.extend(values)
+        flat.ranks.extend(np.concatenate(columns[2]).tolist())
+        flat.decoded_tokens.extend([None] * len(ids))
+        logprobs.cumulative_logprob += sum(values)
+    return last
+
+
+def sampled_logprobs(output) -> list[float]:
+    """Log-probs of the tokens of one finished response (a CompletionOutput), as sampling_params() asks for them.
+
+    Raises RuntimeError if they are not of these tokens.
+    """
+    flat = output.logprobs
+    starts = flat.start_indices  # the sampled token comes first at each position
+    if [flat.token_ids[at] for at in starts] != list(output.token_ids):
+        raise RuntimeError(
+            f"vLLM reports log-probs of {len(starts)} other tokens than the {len(output.token_ids)} it sampled"
+        )
+    return [flat.logprobs[at] for at in starts]
+
+
+class Detokenizer:
+    """Texts of finished responses, equal to those that vLLM makes token by token: special tokens are left out, and so are
+    bytes at the end that are no whole character yet."""
+
+    def __init__(self, llm):
+        self.llm, self.params = llm, None
+
+    def __call__(self, prompt_ids: list[int], token_ids: list[int]) -> str:
+        if self.params is None:
+            self._prepare()
+        if self._bytes is not None:
+            text = self._bytes.decode(token_ids, skip_special_tokens=self.params.skip_special_tokens)
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return text
+        # Bytes that are no characters: how they come out depends on where vLLM's stream of tokens broke off. And
+        # tokenizers of another make, whose first piece depends on what stands before it.
+        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+        request = SimpleNamespace(request_id="finished", prompt_token_ids=prompt_ids, sampling_params=self.params)
+        stream = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
+        stream.update(token_ids, stop_terminated=False)
+        return stream.get_next_output_text(finished=True, delta=False)
+
+    def _prepare(self) -> None:
+        from tokenizers.decoders import ByteLevel
+
+        self.tokenizer, self.params = self.llm.get_tokenizer(), sampling_params()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
+        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
 
 
 def step(llm) -> list:

@@ -94,6 +94,60 @@ def test_waking_from_level_2_clears_what_nothing_restores(monkeypatch):
     vllm_access.clear_deepstack(llm)
 
 
+def test_tokens_are_held_until_their_response_ends():
+    """Two responses and one that has gone: first tokens are seen at once, later ones together, with log-probs by hand."""
+    from vllm.logprobs import FlatLogprobs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+    from vllm.v1.outputs import LogprobsLists
+
+    def state(kind=RequestOutputKind.FINAL_ONLY):
+        processor = SimpleNamespace(num_logprobs=0, logprobs=FlatLogprobs(), cumulative_logprob=0.0)
+        return SimpleNamespace(
+            output_kind=kind, is_prefilling=True, detokenizer=IncrementalDetokenizer(), logprobs_processor=processor
+        )
+
+    def output(name, token, logprob, end=None):
+        part = LogprobsLists(np.array([[token]]), np.array([[logprob]], np.float32), np.array([token + 1]), None)
+        return EngineCoreOutput(name, [token], new_logprobs=part, finish_reason=end)
+
+    seen = []
+
+    def vllms_own(outputs, engine_core_timestamp=None):
+        seen.append([(item.request_id, list(item.new_token_ids), item.new_logprobs is None) for item in outputs])
+        for item in outputs:
+            if item.request_id in states:
+                states[item.request_id].is_prefilling = False
+        return engine_core_timestamp
+
+    states = {"0_a": state(), "1_a": state(), "read": state(RequestOutputKind.DELTA)}
+    processor = SimpleNamespace(
+        log_stats=False, tracing_enabled=False, request_states=states, process_outputs=vllms_own
+    )
+    vllm_access.hold_tokens(processor)
+    step = processor.process_outputs
+    step([output("0_a", 5, -0.5), output("1_a", 6, -1.0), output("read", 7, -2.0), output("gone", 8, -3.0)])
+    step([output("0_a", 15, -0.25), output("1_a", 16, -1.5), output("read", 17, -2.0)])
+    assert (
+        step([output("0_a", 25, -0.75), output("1_a", 26, -4.0, FinishReason.STOP)], engine_core_timestamp=3.5) == 3.5
+    )
+    step([EngineCoreOutput("0_a", [], finish_reason=FinishReason.ABORT)])  # a last word without a token
+    assert seen == [
+        [("0_a", [5], False), ("1_a", [6], False), ("read", [7], False), ("gone", [8], False)],
+        [("read", [17], False)],
+        [("1_a", [16, 26], True)],
+        [("0_a", [15, 25], True)],
+    ]
+    first = states["0_a"].logprobs_processor
+    assert (first.logprobs.token_ids, first.logprobs.logprobs) == ([15, 25], [-0.25, -0.75])
+    assert (first.logprobs.start_indices, first.logprobs.end_indices) == ([0, 1], [1, 2])
+    assert (first.logprobs.ranks, first.cumulative_logprob) == ([16, 26], -1.0)
+    counting = SimpleNamespace(log_stats=True, tracing_enabled=False, request_states={}, process_outputs=vllms_own)
+    vllm_access.hold_tokens(counting)
+    assert counting.process_outputs is vllms_own  # vLLM's statistics count tokens as they come
+
+
 def test_every_variable_of_vllm_that_is_named_here_is_one():
     """A misspelt one does nothing at all, and is found only on the machine that needed it."""
     from vllm import envs

@@ -225,6 +225,63 @@ def test_groups_come_as_they_end(qwen3, media_folder):
     assert not engine.llm.llm_engine.has_unfinished_requests()
 
 
+def test_responses_are_what_vllm_reports_token_by_token(qwen3, media_folder, monkeypatch):
+    """Log-probs in flat lists, tokens held until a response ends, text made afterwards: none of it changes a bit."""
+    from vllm.sampling_params import RequestOutputKind
+
+    encoder, engine = qwen3
+    prompts = [encoder.encode(make_sample(media_folder, names, i)) for i, names in enumerate([("odd.mp4",), (), ()])]
+    asked = {}
+    make = vllm_access.sampling_params
+
+    def plain(**arguments):
+        """As vLLM's own users ask: text after every token, a dictionary of log-probs for each."""
+        asked[len(asked)] = params = make(**arguments)
+        params.detokenize, params.flat_logprobs = True, False
+        params.output_kind = RequestOutputKind.CUMULATIVE
+        return params
+
+    numbers = [3, 1, 4]
+    sampling = {**SAMPLING, "max_tokens": 60}
+    changes = {"n": numbers, "sampling": [sampling, sampling, {**sampling, "max_tokens": 7}]}
+    ours = collect(engine, prompts, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_access, "sampling_params", plain)
+        engine.generate(prompts, step=5, **changes)  # makes the parameters and runs nothing
+    ended = set()
+    theirs = engine.llm.generate([p.vllm_prompt for p in prompts], [asked[i] for i in range(3)], use_tqdm=False)
+    for index, output in enumerate(theirs):
+        assert len(output.outputs) == len(ours[index]) == numbers[index]
+        for item, response in zip(output.outputs, ours[index]):
+            assert response.token_ids == list(item.token_ids)
+            expected = [entry[token].logprob for token, entry in zip(item.token_ids, item.logprobs, strict=True)]
+            assert [value.hex() for value in response.rollout_logprobs] == [value.hex() for value in expected]
+            assert (response.finish_reason, response.text) == (item.finish_reason, item.text)
+            ended.add(response.finish_reason)
+    assert ended == {"stop", "length"}
+    assert any("\N{REPLACEMENT CHARACTER}" in response.text for response in ours[0])
+
+
+def test_limits_of_each_response_and_stop_strings(qwen3, media_folder):
+    """Four requests at once with limits of their own; stop strings need text after every token, and keep theirs."""
+    encoder, engine = qwen3
+    prompts = [encoder.encode(make_sample(media_folder, (), i)) for i in range(4)]
+    limits = [[5], [1, 9, 2], [12, 3], [4, 4]]
+    settings = [{**SAMPLING, "max_tokens": each, "ignore_eos": True} for each in limits]
+    found = collect(engine, prompts, n=[1, 3, 2, 2], sampling=settings)
+    assert [[len(r.token_ids) for r in found[i]] for i in range(4)] == limits
+    assert all(r.finish_reason == "length" for group in found.values() for r in group)
+    long = {**SAMPLING, "max_tokens": 100}
+    free = collect(engine, prompts[:1], n=4, sampling=long)[0]
+    stopped = collect(engine, prompts[:1], n=4, sampling={**long, "stop": ["e"]})[0]
+    assert any("e" in response.text for response in free)
+    for with_stop, without in zip(stopped, free):
+        assert with_stop.token_ids == without.token_ids[: len(with_stop.token_ids)]
+        assert with_stop.rollout_logprobs == without.rollout_logprobs[: len(with_stop.token_ids)]
+        place = without.text.find("e")
+        assert with_stop.text == (without.text if place < 0 else without.text[: place + 1])
+
+
 def test_visual_tokens_never_come_and_the_end_token_is_kept(qwen3, media_folder, tiny):
     """Heads that want nothing else: the visual tokens are still never sampled, <|im_end|> ends a response and stays."""
     encoder, engine = qwen3
@@ -299,7 +356,9 @@ def test_prompts_are_rendered_here_once_that_is_known_to_be_equal(qwen3, media_f
 
     processor = AutoVideoProcessor.from_pretrained(engine.model_dir)
     clips = [item[0] for item in prompts[0].vllm_prompt["multi_modal_data"]["video"]]
-    floats = processor(videos=clips, do_resize=False, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+    floats = processor(videos=clips, do_resize=False, do_sample_frames=False, return_tensors="pt")[
+        "pixel_values_videos"
+    ]
     for dtype in (torch.float32, torch.bfloat16):
         with monkeypatch.context() as patch:
             patch.setattr(engine.inputs, "_dtype", dtype)
@@ -362,7 +421,9 @@ def test_parameter_names_are_checked_at_the_first_sync(tiny):
 
         extra = ("model.language_model.layers.7.self_attn.q_proj.bias", torch.zeros(3))
         wrong = [*(pair for pair in weights if pair[0] != query), extra]
-        listed = r"missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight; unexpected: \S+layers\.7\S+bias"
+        listed = (
+            r"missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight; unexpected: \S+layers\.7\S+bias"
+        )
         with pytest.raises(WeightNamesError, match=listed):
             engine.sync(counted(wrong))
         assert len(produced) == len(wrong)  # other ranks are in the same collective: it has to be finished
