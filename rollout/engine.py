@@ -24,7 +24,6 @@ from rollout.weight_sync import expected_names, sync_weights
 NEVER = float("-inf")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos")
 GIB = 1 << 30
-KV_GIVEN_SHARE = 0.02  # gpu_memory_utilization where the KV cache's size is given and it decides nothing
 
 
 class PromptMismatch(RuntimeError):
@@ -109,7 +108,7 @@ class RolloutEngine:
         if on_cuda:
             # vLLM refuses to start where this share of the device is not free, even if the cache's size is given: the
             # trainer's states are there already, so a given size must not depend on it.
-            arguments["gpu_memory_utilization"] = gpu_memory_utilization if kv_bytes is None else KV_GIVEN_SHARE
+            arguments["gpu_memory_utilization"] = gpu_memory_utilization if kv_bytes is None else vllm_access.KV_GIVEN_SHARE
             # vLLM's encoder cache has as many tokens, and a video with more of them is refused at its first request.
             arguments["max_num_batched_tokens"] = max(max_model_len, 16384)
             if encoder.family == "qwen3_5":
