@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from typing import Any
 
 import psutil
+import torch
 
 from data.encode import Encoder
 from data.records import Prompt
@@ -38,10 +40,17 @@ class AsyncVllm(Engine):
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
         self._inputs = EngineInputs(self._llm, encoder)
+        vllm_access.start_processor_thread(self._llm)
+        self._in_thread = threading.local()
 
     def render(self, prompt: Prompt, shared: dict) -> dict[str, Any]:
         """Ours where it is known to be vLLM's, else vLLM's (one at a time, and kept by vLLM for the clip's other questions).
         Raises RequestFailed for what vLLM's processor refuses."""
+        if not hasattr(self._in_thread, "alone"):
+            # The loaders are the parallelism. With a pool of OpenMP threads each, which wait by spinning, eight of them took
+            # eight times as long for a clip as one alone.
+            torch.set_num_threads(1)
+            self._in_thread.alone = True
         try:
             rendered = self._inputs(prompt, shared)
             if prompt.grid_kinds and "mm_kwargs" not in rendered:

@@ -129,6 +129,12 @@ def render(llm, prompt: dict[str, Any]) -> dict[str, Any]:
     return rendered
 
 
+def start_processor_thread(llm) -> None:
+    """Have the one thread in which an AsyncLLM runs its processor take its number of OpenMP threads now: it would take that of
+    whoever set one last."""
+    _renderer(llm)._mm_executor.submit(torch.get_num_threads).result()
+
+
 def media_items(llm, values: dict[str, Any]):
     """Outputs of a Hugging Face processor ({"pixel_values": (patches, values), "image_grid_thw": (n, 3), ...}) as vLLM's
     items, one per medium."""

@@ -174,8 +174,8 @@ async def measure(args, run_args, samples) -> dict:
             await engine.generate(prompt.vllm_prompt, sampling, f"warm-{sample.id}")
             await engine.generate(engine.render(prompt, {}), sampling, f"warm-ours-{sample.id}")
         if args.cached:
-            for media in {sample.media[0] for sample in samples}:
-                frames.frames(media, encoder.video)
+            with ThreadPoolExecutor(limits.loaders) as pool:
+                list(pool.map(lambda media: frames.frames(media, encoder.video), {s.media[0] for s in samples}))
         for _ in range(args.rounds):
             for name, way in ways.items():
                 await engine.reset_caches()
