@@ -40,6 +40,7 @@ class AsyncVllm(Engine):
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
         self._inputs = EngineInputs(self._llm, encoder)
+        self._texts = vllm_access.Detokenizer(encoder.tokenizer)
         vllm_access.start_processor_thread(self._llm)
         self._in_thread = threading.local()
 
@@ -68,7 +69,9 @@ class AsyncVllm(Engine):
         """Raises RequestFailed for this request alone, EngineDeadError when the engine is gone."""
         from vllm.sampling_params import RequestOutputKind
 
-        params = self._sampling_params(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+        # Without stop strings vLLM makes no text: it would, token by token, on the one thread that hands it requests, too.
+        has_text = bool(sampling.get("stop"))
+        params = self._sampling_params(**sampling, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=has_text)
         final = None
         try:
             if "mm_kwargs" in prompt:
@@ -83,8 +86,11 @@ class AsyncVllm(Engine):
         answer = final.outputs[0]
         if answer.finish_reason in ("abort", "error", None):
             raise RequestFailed(f"the engine ended the answer: {answer.finish_reason}")
+        tokens = list(answer.token_ids)
+        if answer.finish_reason == "stop" and not has_text:
+            tokens = tokens[:-1]  # the token that ended it is no text, whatever it is
         return Completion(
-            text=answer.text,
+            text=answer.text if has_text else self._texts(final.prompt_token_ids or [], tokens),
             finish_reason=answer.finish_reason,
             prompt_tokens=len(final.prompt_token_ids or ()),
             response_tokens=len(answer.token_ids),

@@ -131,7 +131,7 @@ class RolloutEngine:
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.inputs = EngineInputs(self.llm, encoder)
-        self._detokenizer = vllm_access.Detokenizer(self.llm)
+        self._detokenizer = vllm_access.Detokenizer(encoder.tokenizer)
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._names = expected_names(encoder.config, trust_remote_code)  # emptied after the first sync
         self._asleep = {"weights": False, "kv_cache": False}

@@ -328,32 +328,30 @@ class Detokenizer:
     """Texts of finished responses, equal to those that vLLM makes token by token: special tokens are left out, and so are
     bytes at the end that are no whole character yet."""
 
-    def __init__(self, llm):
-        self.llm, self.params = llm, None
+    def __init__(self, tokenizer):
+        from tokenizers.decoders import ByteLevel
+
+        self.tokenizer, self.params = tokenizer, sampling_params()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
+        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
 
     def __call__(self, prompt_ids: list[int], token_ids: list[int]) -> str:
-        if self.params is None:
-            self._prepare()
         if self._bytes is not None:
-            text = self._bytes.decode(token_ids, skip_special_tokens=self.params.skip_special_tokens)
-            if "\N{REPLACEMENT CHARACTER}" not in text:
-                return text
-        # Bytes that are no characters: how they come out depends on where vLLM's stream of tokens broke off. And
-        # tokenizers of another make, whose first piece depends on what stands before it.
+            # The stream gives text out wherever it ends with a whole character, so what it has given in the end is the text
+            # of the longest beginning that does. (The stream itself decodes all that waits again with every token: half a
+            # millisecond per token where bytes are no characters, as a model with random weights samples them.)
+            for count in range(len(token_ids), -1, -1):
+                text = self._bytes.decode(token_ids[:count], skip_special_tokens=self.params.skip_special_tokens)
+                if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                    return text
+        # Tokenizers of another make, whose first piece depends on what stands before it.
         from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
         request = SimpleNamespace(request_id="finished", prompt_token_ids=prompt_ids, sampling_params=self.params)
         stream = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
         stream.update(token_ids, stop_terminated=False)
         return stream.get_next_output_text(finished=True, delta=False)
-
-    def _prepare(self) -> None:
-        from tokenizers.decoders import ByteLevel
-
-        self.tokenizer, self.params = self.llm.get_tokenizer(), sampling_params()
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        # Byte-level tokens (all families here) are pieces of UTF-8: decoding them at once joins the same bytes.
-        self._bytes = backend if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
 
 
 def step(llm) -> list:

@@ -38,7 +38,8 @@ SECONDS = "second_per_grid_ts"
 class EngineInputs:
     """inputs(prompt) -> what add_request of this llm (a vllm.LLM or AsyncLLM) is given. May be called in several threads.
 
-    What failed the comparison is returned as it is, for vLLM to render. Texts have nothing to render but ids. `shared`: a dict
+    What failed the comparison is returned as it is, for vLLM to render, and so are prompts whose media are not named
+    (`multi_modal_uuids`). Texts have nothing to render but ids. `shared`: a dict
     in which media rendered for one prompt are kept for the next; it lives as long as the caller wants them.
     """
 
@@ -49,7 +50,7 @@ class EngineInputs:
         self._comparing = threading.Lock()
 
     def __call__(self, prompt: Prompt, shared: dict | None = None) -> dict[str, Any]:
-        if not prompt.grid_kinds:
+        if not prompt.grid_kinds or "multi_modal_uuids" not in prompt.vllm_prompt:  # texts; media that have no names
             return prompt.vllm_prompt
         kinds = tuple(sorted(set(prompt.grid_kinds)))
         if kinds not in self.equal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -16,10 +15,6 @@ from rollout.vllm_access import Detokenizer
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny("qwen3_vl"))
-
-
-def detokenizer(tokenizer) -> Detokenizer:
-    return Detokenizer(SimpleNamespace(get_tokenizer=lambda: tokenizer))
 
 
 def byte_id(tokenizer, value: int) -> int:
@@ -38,7 +33,7 @@ def test_texts_by_hand(tokenizer):
             for part in parts
         ]
 
-    text = detokenizer(tokenizer)
+    text = Detokenizer(tokenizer)
     prompt = tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert text(prompt, ids("A", "<|im_end|>")) == "A"  # end tokens stay in the ids and are no text
     assert text(prompt, ids("A", "<|vision_start|>", 0x20, "B")) == "A B"
@@ -52,7 +47,7 @@ def test_texts_by_hand(tokenizer):
 
 def test_random_ids_read_as_the_stream_of_single_tokens(tokenizer):
     """Any ids, those beyond the tokenizer's own among them: a head may have more rows than there are tokens."""
-    draw, text = random.Random(3), detokenizer(tokenizer)
+    draw, text = random.Random(3), Detokenizer(tokenizer)
     prompt = tokenizer.encode("<|im_start|>assistant\n")
     whole = [i for i in range(len(tokenizer)) if "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode([i])]
     broken = set()
@@ -75,4 +70,4 @@ def test_a_piece_that_depends_on_what_stands_before_it():
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer.decode([1, 2]) == "no!"
-    assert detokenizer(tokenizer)([0, 2], [1, 2]) == " no!"
+    assert Detokenizer(tokenizer)([0, 2], [1, 2]) == " no!"

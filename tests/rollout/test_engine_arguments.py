@@ -24,7 +24,7 @@ def asked(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
 
     def ask(family: str = "qwen3_vl", **flags) -> dict:
-        encoder = SimpleNamespace(family=family, config=None)
+        encoder = SimpleNamespace(family=family, tokenizer=None, config=None)
         return RolloutEngine("folder", encoder=encoder, dtype="bf16", **{"max_model_len": 20048, **flags}).llm
 
     return ask

@@ -366,6 +366,10 @@ def test_prompts_are_rendered_here_once_that_is_known_to_be_equal(qwen3, media_f
         made = torch.cat([item["pixel_values_videos"].data for item in items])
         assert made.dtype == dtype and torch.equal(made, floats.to(dtype))
 
+    named = prompts[0].vllm_prompt
+    bare = replace(prompts[0], patches=None, vllm_prompt={k: v for k, v in named.items() if k != "multi_modal_uuids"})
+    assert engine.inputs(bare) is bare.vllm_prompt  # media without names are vLLM's to render
+
     late = [replace(p, timestamps=tuple(tuple(t + 0.5 for t in times) for times in p.timestamps)) for p in prompts]
     engine.inputs.equal.clear()
     with pytest.warns(UserWarning, match=r"rendered by vLLM, .* differs \(timestamps of a video\)"):
