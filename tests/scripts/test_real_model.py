@@ -137,6 +137,7 @@ def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path
     file, _ = tiny_gguf(tmp_path / "tiny.gguf")
     run = tmp_path / "run"
     settings = {"SIZE": "cpu", "GGUF": str(file), "RUN": str(run), "SEEDS": "0", "ALGORITHMS": "grpo", "CLIPS": "8"}
+    settings["TOGETHER"] = "1"
     environment = {**os.environ, **settings, "REELRL_VENV": sys.prefix, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def launch(*phases: str) -> str:
@@ -167,7 +168,7 @@ def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path
         path: path.stat().st_mtime_ns
         for path in (run / "see" / "done.json", run / "supervised", run / "grpo-seed0" / "final")
     }
-    again = launch(*phases)
+    again = launch(*phases) + (run / "grpo-seed0.log").read_text()  # with TOGETHER an RL run has a log of its own
     assert (
         again.count(": already there (") == 10
     )  # folder, clips, decode, see, tune and the losses after each, supervised, RL, its evaluation
