@@ -87,7 +87,7 @@ def cpu_seconds() -> float:
 
 
 class GpuWatch:
-    """Samples the first GPU's utilisation ten times a second; `idle_share` is None where NVML is not there."""
+    """Samples the first visible GPU's utilisation ten times a second; `idle_share` is None where NVML is not there."""
 
     def __init__(self):
         self._busy: list[float] = []
@@ -100,7 +100,8 @@ class GpuWatch:
             pynvml.nvmlInit()
         except pynvml.NVMLError:  # no driver
             return
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
         self._read = lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
         self._thread = threading.Thread(target=self._sample, daemon=True)
 

@@ -8,8 +8,9 @@
 Nothing is measured in here: each stage runs a program of this repository with a time limit, in a fixed order. A stage that
 is done is skipped by its results under --out, one that was cut short goes on where its program stopped, and one that
 failed waits for --again. A stage that would not fit what is left of --budget_s is not started, a later one that fits is.
-One GPU gets the stages of one rank, a host with two or more those of several. With results from an earlier machine, copy
-that folder to --out first. --out holds at most eight files: gpu.json (state of the stages), gpu.log, one per measurement.
+One GPU gets the stages of one rank, a host with two or more those of several; CUDA_VISIBLE_DEVICES says which count, so
+that two of these commands with an --out each share a host. With results from an earlier machine, copy that folder to --out
+first. --out holds at most eight files: gpu.json (state of the stages), gpu.log, one per measurement.
 """
 
 from __future__ import annotations
@@ -111,11 +112,20 @@ STAGES = (
         "evaluate-2b", "evaluation: cached clips of 128 frames against the loop",
         (
             "{python} scripts/bench_models.py --size 2b --work_dir {work}",
-            "{python} scripts/bench_evaluate.py --model {work}/qwen3_vl_2b_bf16 --cached --frames 128 --seconds 64 "
-            "--size 1280x720 --pixels 262144 --clips 12 --questions 3 --rounds 1 --response_tokens 128 --max_model_len 20000 "
-            "--dtype bfloat16 --output {out}/evaluate-2b.json",
+            "{python} scripts/bench_evaluate.py --model {work}/qwen3_vl_2b_bf16 --cached --frames 128 --seconds 16 "
+            "--size 1280x720 --pixels 100352 --clips 32 --questions 3 --ways loop pipeline --rounds 1 --response_tokens 256 "
+            "--max_num_seqs 96 --max_model_len 20000 --dtype bfloat16 --kv_cache_gib 70 --output {out}/evaluate-2b.json",
         ),
-        240, 540, "evaluate-2b.json", memory_gib=40, packages=("vllm", "av", "xxhash"),
+        240, 540, "evaluate-2b.json", memory_gib=100, packages=("vllm", "av", "xxhash"),
+    ),
+    Stage(
+        "real-model", "a real language model learns to watch video (GGUF=... names its file), three seeds of RL",
+        (
+            "env TOGETHER=1 ALGORITHMS=dapo RL_SECONDS=480 RUN={work}/real bash scripts/real_model.sh "
+            "folder clips decode see tune sees supervised rl table",
+            "cat {work}/real/table.md",
+        ),
+        1000, 1700, memory_gib=100, packages=("vllm", "av", "gguf"),
     ),
     step("step-4b", "4b", {"g": 3, "b": 3}, "whole steps", 300, 125),
     step("more-2b", "2b", {"g": 5, "b": 5, "a": 5, "c": 3, "e": 3, "f": 3, "d": 3}, "all steps that the tables need", 300, 100),
@@ -131,12 +141,16 @@ MEMORY_GIB = {("8b", 2): 108.0}  # with fewer ranks each holds more of the state
 
 
 def find_gpus() -> list[tuple[str, float]]:
-    """(name, GiB) of each GPU that nvidia-smi sees; empty without one. CUDA is not touched."""
+    """(name, GiB) of each GPU that nvidia-smi sees, of those in CUDA_VISIBLE_DEVICES if it lists numbers; empty without one.
+    CUDA is not touched."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if all(number.isdigit() for number in visible):
+        rows = [rows[int(number)] for number in visible if int(number) < len(rows)]
     return [(name.strip(), float(mib) / 1024) for name, mib in rows] if done.returncode == 0 else []
 
 

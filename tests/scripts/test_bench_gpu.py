@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts import bench_gpu, bench_targets
-from scripts.bench_gpu import STAGES, Stage, chosen_stages, is_done, lacking, ranks_of, run_stages
+from scripts.bench_gpu import STAGES, Stage, chosen_stages, find_gpus, is_done, lacking, ranks_of, run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 H200, H100 = ("NVIDIA H200", 140.4), ("NVIDIA H100 80GB HBM3", 79.6)
@@ -46,6 +47,18 @@ def test_correctness_comes_first_and_small_results_files_are_few():
     assert all(str(ROOT / part).endswith(part) and (ROOT / part).exists()
                for stage in STAGES for line in stage.commands for part in line.split()
                if part.startswith(("scripts/", "tests/")))  # fmt: skip
+
+
+def test_the_gpus_that_count_are_the_visible_ones(tmp_path, monkeypatch):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'A, 1024'\necho 'B, 2048'\necho 'C, 4096'\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert find_gpus() == [("A", 1.0), ("B", 2.0), ("C", 4.0)]
+    for visible, names in (("1", "B"), ("2,0", "CA"), ("7", ""), ("GPU-5dca70cf", "ABC")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert "".join(name for name, _ in find_gpus()) == names
 
 
 def test_stages_take_the_machines_they_fit():
