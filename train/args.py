@@ -219,6 +219,12 @@ def _update_flags(group) -> None:
     )
     group.add_argument("--token_budget", type=int, default=32768, help="packed tokens per micro-batch and rank")
     group.add_argument(
+        "--pack_groups",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute a group's prompt once; without, once per response: slower, for comparisons",
+    )
+    group.add_argument(
         "--sequence_parallel",
         type=int,
         default=1,

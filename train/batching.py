@@ -266,13 +266,15 @@ def micro_batches(
     *,
     token_budget: int,
     cost: Callable[[Group], float],
+    pack: bool = True,
     agree: Callable[[int], int] = lambda count: count,
 ) -> list[MicroBatch]:
     """Cut groups `indices` of this rank's batch into micro-batches, as many as every other rank has.
 
     cost: see group_cost. agree: the number of micro-batches a rank needs -> the largest over all ranks (a collective
     max; the identity on one rank). At least one micro-batch comes back, so that a step in which no rank has a gradient
-    still runs as any other.
+    still runs as any other. pack=False cuts every group into its responses, each with the prompt and its media again: what
+    trainers without groups compute, to compare with.
     """
     group_size = len(batch.groups[0].responses)
     pieces: list[MicroBatch] = []
@@ -280,7 +282,7 @@ def micro_batches(
     for index in indices:
         group = batch.groups[index]
         prompt, lengths = group_lengths(group)
-        starts = split_responses(prompt, lengths, token_budget)
+        starts = split_responses(prompt, lengths, token_budget) if pack else list(range(len(lengths)))
         for start, end in zip(starts, [*starts[1:], len(lengths)]):
             part = group if len(starts) == 1 else Group(group.prompt, group.responses[start:end])
             rows = torch.arange(index * group_size + start, index * group_size + end)

@@ -15,7 +15,8 @@ UNUSED_GROUPS = (
     "rollout", "reward", "algorithm", "critic", "kl", "rollout correction", "dynamic sampling", "demonstrations",
 )  # fmt: skip
 UNUSED = (
-    "reference_model", "critic_model", "prompts_per_update", "update_epochs", "skip_zero_advantage", "park",
+    "reference_model", "critic_model", "prompts_per_update", "update_epochs", "skip_zero_advantage", "pack_groups",
+    "park",
     "sync_bucket_mib", "check_parity", "profile_steps", "sequence_parallel", "keep_best", "log_rollouts", "explain",
     "log_rollouts_every", "validate_samples", "validate_temperature", "validate_top_p",
     "validate_top_k", "validate_max_response_tokens",

@@ -26,6 +26,7 @@ def plan_micro_batches(batch: Batch, indices: list[int], *, args, shape) -> list
         indices,
         token_budget=args.token_budget * args.sequence_parallel,
         cost=lambda group: group_cost(group, shape, tower=tower),
+        pack=args.pack_groups,
         agree=lambda count: max(all_gather_objects(count)),
     )
 

@@ -135,6 +135,20 @@ def test_micro_batches_cover_every_row_once_and_agree_with_other_ranks():
     assert len(nothing) == 1 and nothing[0].is_dummy
 
 
+def test_without_packing_every_response_has_its_prompt_to_itself():
+    groups = [make_group(10, [2, 3]), make_group(4, [1, 1]), make_group(6, [5, 2])]
+    # Tokens 12, 13, 5, 5, 11, 8 (54 instead of 34): three micro-batches of at most 25,.
+    cut = micro_batches(
+        build_batch(groups), [0, 1, 2], token_budget=25, cost=lambda g: float(len(g.prompt.input_ids)), pack=False
+    )
+    assert sorted(row for m in cut for row in m.rows.tolist()) == [0, 1, 2, 3, 4, 5]
+    assert len(cut) == 3 and all(len(g.responses) == 1 for m in cut for g in m.groups)
+    for micro in cut:
+        for group, row in zip(micro.groups, micro.rows.tolist()):
+            assert group.prompt is groups[row // 2].prompt and group.responses[0] is groups[row // 2].responses[row % 2]
+        assert sum(len(g.prompt.input_ids) + len(g.responses[0].token_ids) for g in micro.groups) <= 25
+
+
 def test_rows_follow_the_groups_of_a_micro_batch():
     batch = build_batch([make_group(10, [2, 3]), make_group(4, [1, 7])])
     (micro,) = micro_batches(batch, [1, 0], token_budget=100, cost=lambda g: float(len(g.prompt.input_ids)))
