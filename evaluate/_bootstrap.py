@@ -7,6 +7,7 @@ Miller 2008; paired comparison by sign flips of the per-video differences (Fishe
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -107,6 +108,25 @@ def fold(leaves: dict[tuple[str, ...], np.ndarray]) -> np.ndarray:
         return np.where(held, stacked, 0.0).sum(axis=0) / held.sum(axis=0)
 
 
+def shares(paths: list[tuple[str, ...]]) -> np.ndarray:
+    """(n,) weight of each question in the mean of means over `paths`; they sum to 1.
+
+    [("a",), ("a",), ("b",)] -> [1/4, 1/4, 1/2].
+    """
+    counts: dict[tuple[str, ...], int] = {}
+    for path in paths:
+        counts[path] = counts.get(path, 0) + 1
+    children: dict[tuple[str, ...], set[str]] = {}
+    for path in counts:
+        for depth, name in enumerate(path):
+            children.setdefault(path[:depth], set()).add(name)
+    of_path = {
+        path: 1.0 / (count * math.prod(len(children[path[:depth]]) for depth in range(len(path))))
+        for path, count in counts.items()
+    }
+    return np.array([of_path[path] for path in paths])
+
+
 @dataclass(frozen=True, slots=True)
 class Paired:
     """Model B minus model A on the same questions: difference, 95 % interval, two-sided p, wins and losses of B."""
@@ -120,18 +140,21 @@ class Paired:
     n: int
 
 
-def paired(a, b, clusters: list[str], *, resamples: int = 5000, seed: int = 0) -> Paired:
+def paired(a, b, clusters: list[str], paths=None, *, resamples: int = 5000, seed: int = 0) -> Paired:
     """Paired comparison, both the interval (bootstrap) and the p-value (sign flips) clustered by video.
 
-    a, b: scores of the same questions in the same order, (n,). Raises ValueError when the lengths differ.
+    a, b: scores of the same questions in the same order, (n,). paths: of each question in a mean of means (Resampler.macro);
+    None compares plain means. Raises ValueError when the lengths differ.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or len(a) != len(clusters):
         raise ValueError(f"paired scores must have equal lengths, got {len(a)}, {len(b)} and {len(clusters)} clusters")
     delta = b - a
-    estimate = Resampler(clusters, resamples=resamples, seed=seed).mean(delta)
+    draws = Resampler(clusters, resamples=resamples, seed=seed)
+    estimate = draws.mean(delta) if paths is None else draws.macro(delta, paths)
     names, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
-    sums = np.bincount(index, weights=delta, minlength=len(names))
+    parts = delta if paths is None else delta * shares(paths)  # of the difference, but for a factor
+    sums = np.bincount(index, weights=parts, minlength=len(names))
     sums = sums[sums != 0]
     p_value = 1.0
     if len(sums):

@@ -53,7 +53,9 @@ class Benchmark:
     that must not be answered, and extra["outside_primary"] = True on controls that the primary score leaves out.
     prompts: name -> sample -> whole text of the user turn (official wordings); "direct" and "think" of data.prompts
     always exist. score: replaces rewards.score where the official rule needs more.
-    metrics: the official aggregates. breakdown: fields of `extra` with a table each; tables: further tables.
+    metrics: the official aggregates. groups: sample -> its path in the primary score, where that is a mean of means (see
+    Resampler.macro); kept in the row, so that runs are compared by that score. breakdown: fields of `extra` with a table
+    each; tables: further tables.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Benchmark:
     score: Callable[[Sample, str, dict[str, Any]], dict[str, Any]] | None = None
     metrics: Callable[[list[Answer], Resampler], Metrics] | None = None
     primary: str = "accuracy"
+    groups: Callable[[Sample], tuple[str, ...]] | None = None
     breakdown: tuple[str, ...] = ()
     judged: Callable[[Sample], bool] = lambda sample: False
     judge_prompt: str = "general"
@@ -113,6 +116,8 @@ def score_extra(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
 
 def score_row(benchmark: Benchmark, sample: Sample, row: dict[str, Any], protocol: str = "official") -> dict[str, Any]:
     """The row with `extracted`, `score`, `status` and `parts` filled in; failures score 0 and keep their reason."""
+    if benchmark.groups is not None and protocol == "official":
+        row = {**row, "primary_group": list(benchmark.groups(sample))}
     if row["status"] in FAILURES:
         return {**row, "extracted": None, "score": 0.0, "parts": {}}
     if protocol == "easyvideor1":
@@ -146,10 +151,10 @@ def accuracy(answers: list[Answer], draws: Resampler, name: str = "accuracy") ->
     return {name: draws.mean([answer.score or 0.0 for answer in answers], keep)}
 
 
-def macro(answers: list[Answer], draws: Resampler, path: Callable[[Answer], tuple[str, ...]]) -> Estimate:
+def macro(answers: list[Answer], draws: Resampler, path: Callable[[Sample], tuple[str, ...]]) -> Estimate:
     """Mean of group means, groups given by `path` (see Resampler.macro)."""
     keep = [answer.score is not None for answer in answers]
-    return draws.macro([answer.score or 0.0 for answer in answers], [path(answer) for answer in answers], keep)
+    return draws.macro([answer.score or 0.0 for answer in answers], [path(answer.sample) for answer in answers], keep)
 
 
 def part_means(answers: list[Answer], draws: Resampler, names: tuple[str, ...]) -> Metrics:

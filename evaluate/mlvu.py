@@ -57,8 +57,12 @@ def load(args: Namespace) -> list[Sample]:
     return samples
 
 
+def task(sample: Sample) -> tuple[str, ...]:
+    return (sample.extra["task"],)
+
+
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
-    found = {"M-Avg": macro(answers, draws, lambda answer: (answer.sample.extra["task"],))}
+    found = {"M-Avg": macro(answers, draws, task)}
     return found | accuracy(answers, draws, "micro_accuracy")
 
 
@@ -74,6 +78,7 @@ BENCHMARK = Benchmark(
     prompts={"official": lambda sample: letter_prompt(sample, cue="Best option: ("), "official_cot": reasoned_prompt},
     metrics=metrics,
     primary="M-Avg",
+    groups=task,
     breakdown=("task",),
     official_n={"dev": 2174, "test": 502},
     flags=flags,

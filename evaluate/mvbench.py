@@ -94,8 +94,12 @@ def load(args: Namespace) -> list[Sample]:
     return samples
 
 
+def task(sample: Sample) -> tuple[str, ...]:
+    return (sample.extra["task"],)
+
+
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
-    found = {"macro_accuracy": macro(answers, draws, lambda answer: (answer.sample.extra["task"],))}
+    found = {"macro_accuracy": macro(answers, draws, task)}
     return found | accuracy(answers, draws, "micro_accuracy")
 
 
@@ -107,6 +111,7 @@ BENCHMARK = Benchmark(
     prompts={"official": lambda sample: letter_prompt(sample, cue="Best option: ("), "official_cot": reasoned_prompt},
     metrics=metrics,
     primary="macro_accuracy",
+    groups=task,
     breakdown=("task",),
     official_n=4000,
 )

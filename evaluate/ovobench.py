@@ -98,15 +98,16 @@ def reasoned(sample: Sample) -> str:
     return joined(reasoned_prompt(replace(sample, question=question)))
 
 
-def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
-    def path(answer: Answer) -> tuple[str, ...]:
-        return (answer.sample.extra["ovo_category"], answer.sample.extra["ovo_task"])
+def path(sample: Sample) -> tuple[str, ...]:
+    return (sample.extra["ovo_category"], sample.extra["ovo_task"])
 
+
+def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
     found = {"total": macro(answers, draws, path)}
     for category in ("backward", "realtime", "forward"):
-        only = [a if path(a)[0] == category else Answer(a.sample, a.row, None) for a in answers]
+        only = [a if path(a.sample)[0] == category else Answer(a.sample, a.row, None) for a in answers]
         found[category] = macro(only, draws, path)
-    found["task_mean"] = macro(answers, draws, lambda answer: path(answer)[1:])
+    found["task_mean"] = macro(answers, draws, lambda sample: path(sample)[1:])
     return found | accuracy(answers, draws, "micro_accuracy")
 
 
@@ -118,6 +119,7 @@ BENCHMARK = Benchmark(
     prompts={"official": direct, "official_cot": reasoned},
     metrics=metrics,
     primary="total",
+    groups=path,
     clips=cut_from_source,
     breakdown=("ovo_category", "ovo_task"),
     official_n=3035,

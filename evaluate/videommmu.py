@@ -94,8 +94,12 @@ def direct(sample: Sample) -> str:
     return joined(sample.extra["before"], sample.question, "Answer with a number alone.")
 
 
+def track(sample: Sample) -> tuple[str, ...]:
+    return (sample.extra["track"],)
+
+
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
-    found = {"overall": macro(answers, draws, lambda answer: (answer.sample.extra["track"],))}
+    found = {"overall": macro(answers, draws, track)}
     return found | by_field(answers, draws, "track")
 
 
@@ -115,6 +119,7 @@ BENCHMARK = Benchmark(
     metrics=metrics,
     prompts={"official": direct, "official_cot": reasoned_prompt},
     primary="overall",
+    groups=track,
     breakdown=("track", "subject"),
     official_n=900,
     flags=flags,

@@ -48,9 +48,9 @@ def direct(sample: Sample) -> str:
     return joined(FRAMES, sample.question, "Reply with one number alone.")
 
 
-def task_path(answer: Answer) -> tuple[str, ...]:
+def task_path(sample: Sample) -> tuple[str, ...]:
     """("object_rel_direction", "easy") for the three direction levels, ("room_size_estimation",) for the others."""
-    name = answer.sample.extra["original_question_type"]
+    name = sample.extra["original_question_type"]
     stem, _, level = name.rpartition("_")
     return (stem, level) if stem == "object_rel_direction" else (name,)
 
@@ -58,7 +58,9 @@ def task_path(answer: Answer) -> tuple[str, ...]:
 def metrics(answers: list[Answer], draws: Resampler) -> Metrics:
     found = {"overall": macro(answers, draws, task_path)}
     found["object_rel_direction"] = macro(
-        [answer if len(task_path(answer)) == 2 else without_score(answer) for answer in answers], draws, task_path
+        [answer if len(task_path(answer.sample)) == 2 else without_score(answer) for answer in answers],
+        draws,
+        task_path,
     )
     return found | by_field(answers, draws, "original_question_type")
 
@@ -75,6 +77,7 @@ BENCHMARK = Benchmark(
     metrics=metrics,
     prompts={"official": direct, "official_cot": lambda sample: reasoned_prompt(sample, before=FRAMES)},
     primary="overall",
+    groups=task_path,
     breakdown=("original_question_type",),
     official_n=5130,
 )

@@ -29,6 +29,7 @@ class Run:
     results: dict
     scores: dict[str, float]
     videos: dict[str, str]
+    groups: dict[str, tuple[str, ...]]  # of the questions whose row says where it stands in a mean of means
 
     @property
     def benchmark(self) -> str:
@@ -74,11 +75,13 @@ def find_runs(place: Path) -> list[Run]:
     runs = []
     for folder in folders:
         results = read_results(folder / "results.json")
-        scores, videos = {}, {}
+        scores, videos, groups = {}, {}, {}
         for row in read_predictions(folder / "predictions.jsonl"):
             if row["score"] is not None and not row.get("outside_primary"):
                 scores[row["id"]], videos[row["id"]] = row["score"], row.get("video") or row["id"]
-        runs.append(Run(place.name, folder, results, scores, videos))
+                if "primary_group" in row:
+                    groups[row["id"]] = tuple(row["primary_group"])
+        runs.append(Run(place.name, folder, results, scores, videos, groups))
     return runs
 
 
@@ -102,13 +105,17 @@ def percent(line: dict | None) -> str:
 
 
 def compare(base: Run, other: Run) -> dict:
-    """Paired difference other - base over the questions that both scored."""
+    """Paired difference other - base over the questions that both scored: of the mean of means where both runs are about
+    one and place these questions alike, else of the plain mean."""
     common = [name for name in base.scores if name in other.scores]
     result = {"common": len(common), "only_base": len(base.scores) - len(common)}
     result["only_other"] = len(other.scores) - len(common)
     if common:
         a, b = [base.scores[name] for name in common], [other.scores[name] for name in common]
-        result["paired"] = paired(a, b, [base.videos[name] for name in common])
+        alike = all(name in base.groups and base.groups[name] == other.groups.get(name) for name in common)
+        paths = [base.groups[name] for name in common] if alike else None
+        result["paired"] = paired(a, b, [base.videos[name] for name in common], paths)
+        result["of_means"] = alike
     return result
 
 
@@ -198,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
                 changed = differing_settings(base, run)
                 if changed:
                     notes.append(f"{benchmark}: {name} was run with other {', '.join(changed)}")
-                if not (mean_is_primary(base) and mean_is_primary(run)):
+                if not found.get("of_means") and not (mean_is_primary(base) and mean_is_primary(run)):
                     notes.append(
                         f"{benchmark}: {primary} is not the mean score per question; the difference is of that mean"
                     )
@@ -211,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
             if metric == primary:
                 rows.append((benchmark, lines))
     console.print(table)
-    console.print("difference: mean score per question, 95 % interval and p by sign flips per video")
+    console.print(
+        "difference: of the primary score unless a note says otherwise, 95 % interval and p by sign flips per video"
+    )
     for note in notes:
         console.print(f"note: {note}")
     if args.plot:

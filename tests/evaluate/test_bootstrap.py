@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluate._bootstrap import Resampler, fold, paired
+from evaluate._bootstrap import Resampler, fold, paired, shares
 
 
 def test_mean_and_counts():
@@ -85,6 +85,29 @@ def test_paired_p_value_is_that_of_all_sign_flips_of_the_videos():
     got = paired(a, b, clusters, resamples=40000)
     assert 0.05 < exact < 0.95 and got.p_value == pytest.approx(exact, abs=0.01)
     assert got.difference == pytest.approx(sum(sums) / len(clusters))
+
+
+def test_paired_mean_of_means():
+    """Weights of {a: {x: 2 questions, y: 1}, b: 4 questions}: 1/8 each, 1/4, 1/8 each. B gains at a/y and loses at one of b:
+    1/4 - 1/8. Every question is a video, so of the four flips of (1/4, -1/8) two reach 1/8 twice: all do."""
+    paths = [("a", "x"), ("a", "x"), ("a", "y"), ("b",), ("b",), ("b",), ("b",)]
+    assert shares(paths).tolist() == [1 / 8, 1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8]
+    a, b = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    got = paired(a, b, [str(n) for n in range(7)], paths, resamples=2000)
+    macro = Resampler([str(n) for n in range(7)], resamples=1).macro
+    assert got.difference == pytest.approx(1 / 8) == pytest.approx(macro(b, paths).value - macro(a, paths).value)
+    assert (got.wins, got.losses) == (1, 1) and got.p_value == 1.0
+
+    rng = np.random.default_rng(7)  # 9 videos of two tasks of other sizes: all 2^9 flips of the videos' weighted sums
+    clusters = [f"v{n}" for n in range(9) for _ in range(2)]
+    paths = [("rare",) if n < 3 else ("common",) for n in range(9) for _ in range(2)]
+    a, b = rng.integers(0, 2, 18).astype(float), rng.integers(0, 2, 18).astype(float)
+    weight = {"rare": 1 / 12, "common": 1 / 24}
+    sums = [sum(weight[p[0]] * (y - x) for x, y, c, p in zip(a, b, clusters, paths) if c == f"v{n}") for n in range(9)]
+    flips = [abs(sum(sign * s for sign, s in zip(signs, sums))) for signs in itertools.product([1, -1], repeat=9)]
+    exact = sum(flip >= abs(sum(sums)) - 1e-12 for flip in flips) / len(flips)
+    got = paired(a, b, clusters, paths, resamples=40000)
+    assert 0.02 < exact < 0.98 and got.p_value == pytest.approx(exact, abs=0.01)
 
 
 def test_paired_without_differences_is_not_significant():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from evaluate._run import main
+from evaluate._scoring import accuracy, macro
 from scripts import compare_runs
 from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, write_toy
 
@@ -59,6 +60,30 @@ def test_controls_outside_the_primary_score_are_not_paired(tmp_path):
     (a,), (b,) = (compare_runs.find_runs(tmp_path / letter) for letter in "AB")
     found = compare_runs.compare(a, b)
     assert found["common"] == 4 and found["paired"].difference == pytest.approx(2 / 4 - 1 / 4)
+
+
+def test_a_mean_of_means_is_compared_as_one(tmp_path, capsys):
+    """Clip 0 is a task of its own, clips 1 to 3 are the other. "A" is right for (0, 0) and (3, 1), "B" for (0, 1) and (1, 0):
+    1/2 and 1/6 against 1/2 and 1/6; "C" for (1, 1) and (2, 0): 0 and 2/6."""
+
+    def task(sample):
+        return ("first" if sample.id.startswith("000") else "others",)
+
+    def metrics(answers, draws):
+        return {"macro": macro(answers, draws, task)} | accuracy(answers, draws, "micro")
+
+    write_toy(tmp_path / "toy", clips=4, questions=2)
+    benchmark = replace(TOY, metrics=metrics, primary="macro", groups=task)
+    for letter in "ABC":
+        run(tmp_path / "toy", tmp_path / letter, lambda text, letter=letter: letter, benchmark=benchmark)
+    (a,), (b,), (c,) = (compare_runs.find_runs(tmp_path / letter) for letter in "ABC")
+    assert a.results["metrics"]["macro"]["value"] == pytest.approx((1 / 2 + 1 / 6) / 2)
+    assert compare_runs.compare(a, b)["paired"].difference == pytest.approx(0)
+    assert compare_runs.compare(a, c)["paired"].difference == pytest.approx((0 + 2 / 6) / 2 - (1 / 2 + 1 / 6) / 2)
+    capsys.readouterr()
+    assert compare_runs.main([str(tmp_path / "A"), str(tmp_path / "C")]) == 0
+    said = capsys.readouterr().out
+    assert "-16.7" in said and "is not the mean score" not in said
 
 
 def test_clusters_are_the_videos_of_the_rows(tmp_path):

@@ -320,6 +320,6 @@ def test_a_video_with_another_ending_is_taken(tmp_path):
 def test_macro_over_two_levels_is_weighted_by_place_not_by_count():
     answers = [answer("0", 1.0), answer("1", 0.0), answer("2", 0.0)]
     got = macro(
-        answers, Resampler(["0", "1", "2"], resamples=5), lambda a: ("p", "x") if a.sample.id == "0" else ("p", "y")
+        answers, Resampler(["0", "1", "2"], resamples=5), lambda sample: ("p", "x") if sample.id == "0" else ("p", "y")
     )
     assert got.value == 0.5

@@ -102,7 +102,8 @@ def test_vsibench_mean_relative_accuracy(answer_text, want):
     """Gold 10; share of thresholds 0.50, 0.55 … 0.95 with relative error <= 1 - threshold, in float64 as released: an
     error of 0.2 loses its own edge (1 - 0.8 = 0.19999999999999996), so 6 of 10, one of 0.1 keeps it (linspace's 0.9 is
     0.8999999999999999), so 9; 0.48 passes 0.50 alone; 1.0 passes none."""
-    sample = Sample("x", "?", "10", "regression", "video", extra={"row_problem_type": "regression"})
+    extra = {"row_problem_type": "regression", "original_question_type": "object_counting"}
+    sample = Sample("x", "?", "10", "regression", "video", extra=extra)
     row = {"id": "x", "response": answer_text, "finish_reason": "stop", "status": "", "reason": ""}
     assert score_row(vsibench.BENCHMARK, sample, row)["score"] == pytest.approx(want)
 
