@@ -14,6 +14,7 @@ Backends (`--attention`), all behind `packed_attention`, chosen once at start by
     flex    FlexAttention with a block mask; grouped heads; CUDA
     varlen  torch.nn.attention.varlen: prompts in one call, responses over [prompt, own response] in another; CUDA
     flash2  the same two calls on flash-attn 2; CUDA, where it is installed
+    flash4  the same two calls on flash-attn 4 (CuTe kernels for Hopper and later); CUDA, where it is installed
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from data.records import Group
 from train.sequence_parallel import SequenceSet, attend
 
 PACKED = "reelrl_packed"  # the name under which transformers finds packed_attention
-BACKENDS = ("sdpa", "flex", "varlen", "flash2")
+BACKENDS = ("sdpa", "flex", "varlen", "flash2", "flash4")
+VARLEN = ("varlen", "flash2", "flash4")  # those of two calls
+# Module of each package: flash-attn 4 lies in the namespace flash_attn, so that name alone says nothing.
+PACKAGES = {"flash2": "flash_attn.flash_attn_interface", "flash4": "flash_attn.cute.interface"}
 FLEX_BLOCK = 128
 FLEX_DYNAMIC = True  # one compilation for all lengths; False: one per length, until torch gives up compiling
 # kernel_options of FlexAttention on CUDA. Candidates, exact here but not measured yet: with lengths that are symbols torch
@@ -342,12 +346,21 @@ def _flash2_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
 
+def _flash4_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
+    from flash_attn.cute.interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, softmax_scale=scaling, causal=True
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out  # with the logarithms of the sums, which nobody needs here
+
+
 def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """As sdpa_packed, in two calls of a variable-length causal kernel (torch's own, or flash-attn 2)."""
+    """As sdpa_packed, in two calls of a variable-length causal kernel (torch's own, or one of flash-attn's)."""
     if "offsets" not in layout.ready:
         layout.ready["offsets"] = varlen_offsets(layout, q.device)
     offsets = layout.ready["offsets"]
-    kernel = _flash2_causal if layout.backend == "flash2" else _torch_varlen_causal
+    kernel = {"varlen": _torch_varlen_causal, "flash2": _flash2_causal, "flash4": _flash4_causal}[layout.backend]
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
     end = layout.prompts_length
     cu, longest = offsets["prompts"]
@@ -360,7 +373,7 @@ def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: floa
     return torch.cat([prompts, responses])[None]
 
 
-_KERNELS = {"sdpa": sdpa_packed, "flex": flex_packed, "varlen": varlen_packed, "flash2": varlen_packed}
+_KERNELS = {"sdpa": sdpa_packed, "flex": flex_packed, **dict.fromkeys(VARLEN, varlen_packed)}
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
@@ -379,6 +392,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 AttentionInterface.register(PACKED, packed_attention)
 
 
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `--attention name` means here. Raises ValueError with the reason if it cannot run.
 
@@ -388,11 +408,14 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
         return "flex" if device.type == "cuda" else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"--attention {name!r} is not one of auto, {', '.join(BACKENDS)}")
-    if name in ("varlen", "flash2"):
+    if name in VARLEN:
         if device.type != "cuda":
             raise ValueError(f"--attention {name} needs CUDA; on a CPU use --attention sdpa")
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"--attention {name} has no {dtype} kernel; use flex or sdpa, or --dtype bf16")
-    if name == "flash2" and importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("--attention flash2 needs the flash-attn package; use --attention flex or varlen without it")
+    if name in PACKAGES and not is_installed(PACKAGES[name]):
+        raise ValueError(
+            f"--attention {name} needs the package flash-attn{'' if name == 'flash2' else '-4'}; use --attention flex or varlen "
+            "without it"
+        )
     return name

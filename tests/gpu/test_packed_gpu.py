@@ -15,7 +15,7 @@ from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
 from train.fused import ROTATIONS
-from train.group_attention import pack
+from train.group_attention import PACKAGES, is_installed, pack
 from train.packed_model import PackedModel
 
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
@@ -69,7 +69,10 @@ def test_flex_in_fp32(family, reference):
     assert max(distances(gradients, reference[1])) < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen"])
+FLASH4 = pytest.param("flash4", marks=pytest.mark.skipif(not is_installed(PACKAGES["flash4"]), reason="no flash-attn-4"))
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen", FLASH4])
 def test_bf16_is_as_near_as_rows_are(family, reference, backend):
     """bf16 rounds; packing must not add to it: packed and rows are equally far from fp32, on the same kernel."""
     packed, rows = (run(family, torch.bfloat16, backend, rows=flag) for flag in (False, True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,9 +224,16 @@ def test_flex_and_varlen_layouts_agree_with_sdpa(monkeypatch):
             out.append(torch.einsum("hqk,khd->qhd", weights, v[c:d].repeat_interleave(times, 1)))
         return torch.cat(out)
 
+    def flash4(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        assert causal
+        return loop_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale), "sums"
+
     monkeypatch.setattr(attention, "_torch_varlen_causal", loop_kernel)
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash4))
     results = {}
-    for backend, kernel in (("sdpa", sdpa_packed), ("flex", flex_packed), ("varlen", varlen_packed)):
+    kernels = {"sdpa": sdpa_packed, "flex": flex_packed, "varlen": varlen_packed, "flash4": varlen_packed}
+    for backend, kernel in kernels.items():
         layout = pack([first, second], backend=backend, device=CPU).layout
         real = 37 + 1 + 17 + 63
         assert layout.length == (128 if backend == "flex" else real)
@@ -232,7 +241,7 @@ def test_flex_and_varlen_layouts_agree_with_sdpa(monkeypatch):
         q, k, v = (torch.randn(1, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
         q, k, v = (x[:, :, : layout.length] for x in (q, k, v))
         results[backend] = kernel(q, k, v, layout, 0.3)[:, :real]
-    for backend in ("flex", "varlen"):
+    for backend in ("flex", "varlen", "flash4"):
         assert torch.allclose(results[backend], results["sdpa"], atol=1e-5), backend
 
 
@@ -375,6 +384,9 @@ def test_backends_that_cannot_run_are_refused():
         choose_attention("varlen", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
+    for name, package in (("flash2", "flash-attn;"), ("flash4", "flash-attn-4;")):
+        with pytest.raises(ValueError, match=f"--attention {name} needs the package {package} use --attention flex or varlen"):
+            choose_attention(name, torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ValueError, match="'xformers' is not one of"):
         choose_attention("xformers", CPU, torch.float32)
 
