@@ -7,11 +7,13 @@ result crosses to the engine's process once, whatever the number of questions ab
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import threading
 from typing import Any
 
+import cv2
 import psutil
 import torch
 
@@ -42,7 +44,12 @@ class AsyncVllm(Engine):
         self._inputs = EngineInputs(self._llm, encoder)
         self._texts = vllm_access.Detokenizer(encoder.tokenizer)
         vllm_access.start_processor_thread(self._llm)
+        cv2.setNumThreads(1)  # of data.normalise.look_up, for the reason that render() gives for torch
         self._in_thread = threading.local()
+        # A million objects of torch, transformers and vLLM that live as long as the program: going through them took 0.4 s in
+        # which no loader worked and no request was handed over.
+        gc.collect()
+        gc.freeze()
 
     def render(self, prompt: Prompt, shared: dict) -> dict[str, Any]:
         """Ours where it is known to be vLLM's, else vLLM's (one at a time, and kept by vLLM for the clip's other questions).
@@ -102,8 +109,10 @@ class AsyncVllm(Engine):
         await self._llm.reset_mm_cache()
 
     def close(self) -> None:
+        gc.unfreeze()
         self._llm.shutdown()
-        del self._inputs, self._llm  # its destructor must run now: at interpreter exit the modules that it calls are gone
+        # Its destructor must run now: at interpreter exit the modules that it calls are gone.
+        del self._inputs, self._llm
         self._guard.kill()
         self._guard.wait()
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -25,6 +26,10 @@ import numpy as np
 
 from data.records import Prompt, Sample
 from data.video import MediaError
+
+# The first clip's loader works alone until the engine has something to do, at most so long (a video that has to be decoded
+# takes longer, and then the others had better begin).
+HEAD_START_S = 0.3
 
 
 @dataclass(slots=True)
@@ -324,7 +329,7 @@ async def run_pipeline(
     """
     stats, gate = PipelineStats(), BytesGate(limits.max_in_flight_bytes)
     threads, slots = LoaderThreads(limits.loaders), asyncio.Semaphore(limits.max_concurrent)
-    waiting, numbers = deque(group_by_clip(samples)), itertools.count()
+    waiting, numbers, engine_has_work = deque(group_by_clip(samples)), itertools.count(), asyncio.Event()
     stats.clips, began = len(waiting), time.perf_counter()
     factor = 1 + limits.engine_bytes_per_value
 
@@ -423,6 +428,7 @@ async def run_pipeline(
                     gate.resize(reserved, actual)
                     reserved = actual
                 await slots.acquire()
+                engine_has_work.set()
                 question = ask(sample, prompt)
                 try:
                     asked.append(group.create_task(question))
@@ -451,14 +457,17 @@ async def run_pipeline(
         for task in tasks:
             task.add_done_callback(one_done)
 
-    async def loader() -> None:
+    async def loader(number: int) -> None:
+        if number:  # loaders that begin together end together, and the engine waits meanwhile
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(engine_has_work.wait(), HEAD_START_S)
         while waiting:
             await load_clip(waiting.popleft())
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(limits.loaders, len(waiting))):
-                group.create_task(loader())
+            for number in range(min(limits.loaders, len(waiting))):
+                group.create_task(loader(number))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:

@@ -156,7 +156,9 @@ def placeholder(offset: int, length: int, is_embed: torch.Tensor | None):
     """The place of one medium in the prompt's ids; is_embed (length,) bool marks the visual tokens among them."""
     from vllm.multimodal.inputs import PlaceholderRange
 
-    return PlaceholderRange(offset=offset, length=length, is_embed=is_embed)
+    place = PlaceholderRange(offset=offset, length=length, is_embed=is_embed)
+    place.get_num_embeds()  # kept by vLLM, whose check asks for it: counted in a loader's thread, not in the event loop's
+    return place
 
 
 # AsyncLLM, whose engine is another process. Media go there once: a cache here (P0) lists what the engine's own (P1) holds, and

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.encode import VISION_END, VISION_START, Encoder, sampled_fps
-from data.normalise import normalise
+from data.normalise import empty_pixels, look_up
 from data.positions import patchify
 from data.records import Prompt
 from rollout import vllm_access
@@ -33,6 +33,7 @@ GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 # stand at the same time; later versions round them to bfloat16 together with the pixels (1.1 becomes 1.1016). Ours are
 # data/encode.py's, in float32.
 SECONDS = "second_per_grid_ts"
+PART_BYTES = 5 << 19  # of a clip that are made into floats at once
 
 
 class EngineInputs:
@@ -100,10 +101,10 @@ class EngineInputs:
         encoder, rows = self.encoder, int(grid.prod())
         medium = prompt.vllm_prompt["multi_modal_data"][kind][number]
         if prompt.patches is not None:
-            pixels = self._pixels(torch.from_numpy(prompt.patches[first : first + rows]))
+            pixels = self._pixels(prompt.patches[first : first + rows])
         else:
             frames = medium[0].transpose(0, 3, 1, 2) if kind == "video" else np.asarray(medium).transpose(2, 0, 1)[None]
-            pixels = self._patches(frames, int(grid[0]), rows)
+            pixels = self._patches(frames, rows)
         values: dict[str, Any] = {PIXELS[kind]: pixels, GRIDS[kind]: torch.from_numpy(grid)[None]}
         if kind == "video" and encoder.frames_stand_apart:
             values["timestamps"] = [list(prompt.timestamps[number])]
@@ -112,21 +113,28 @@ class EngineInputs:
         (item,) = vllm_access.media_items(self.llm, values)[kind]
         return item
 
-    def _patches(self, frames: np.ndarray, slots: int, rows: int) -> torch.Tensor:
-        """(F, 3, H, W) uint8 -> (rows, values) pixels, by temporal patch: no second copy of the clip, and each stays in cache."""
-        encoder, out, size = self.encoder, None, rows // slots
-        for number in range(slots):
-            part = frames[number * encoder.temporal_patch : (number + 1) * encoder.temporal_patch]
-            patches, _ = patchify(part, encoder.patch, encoder.merge, encoder.temporal_patch)
-            if out is None:
-                out = torch.empty((rows, patches.shape[1]), dtype=self._dtype)
-            out[number * size : (number + 1) * size] = self._pixels(torch.from_numpy(patches))
+    def _patches(self, frames: np.ndarray, rows: int) -> torch.Tensor:
+        """(F, 3, H, W) uint8 -> (rows, values) pixels, by parts that stay in a core's cache. No smaller ones: after every call
+        into a library a loader asks for the interpreter's lock again, and others do, too."""
+        encoder = self.encoder
+        sizes = encoder.patch, encoder.merge, encoder.temporal_patch
+        if self._dtype == torch.uint8:
+            return torch.from_numpy(patchify(frames, *sizes)[0])
+        step = max(1, PART_BYTES // (frames[0].nbytes * encoder.temporal_patch)) * encoder.temporal_patch
+        out = empty_pixels(rows, 3 * encoder.temporal_patch * encoder.patch**2, self._dtype)
+        done = 0
+        for start in range(0, len(frames), step):
+            patches, _ = patchify(frames[start : start + step], *sizes)
+            look_up(patches, encoder.image_mean, encoder.image_std, out[done : done + len(patches)])
+            done += len(patches)
         return out
 
-    def _pixels(self, patches: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, patches: np.ndarray) -> torch.Tensor:
         if self._dtype == torch.uint8:
-            return patches
-        return normalise(patches, self.encoder.image_mean, self.encoder.image_std, dtype=self._dtype)
+            return torch.from_numpy(patches)
+        out = empty_pixels(*patches.shape, self._dtype)
+        look_up(patches, self.encoder.image_mean, self.encoder.image_std, out)
+        return out
 
     def _placeholders(self, prompt: Prompt) -> dict[str, list]:
         """Where each medium's tokens stand. A video whose frames stand apart covers its times and inner markers, too."""

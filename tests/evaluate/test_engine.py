@@ -16,6 +16,7 @@ import pytest
 
 from data.records import Media, Prompt, Sample
 from data.video import MediaError
+from evaluate import _engine
 from evaluate._engine import (
     BytesGate,
     Completion,
@@ -230,6 +231,28 @@ def test_loaders_work_at_the_same_time():
 
     pipeline(samples_of(20, 1), encode, FakeEngine(), loaders=5)
     assert most == 5
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_the_first_clip_goes_ahead_until_the_engine_has_work(monkeypatch, first_fails):
+    """Loaders that begin together end together. Clip 0's loader is alone until its first question is asked; where clip 0
+    fails, the others begin after its next clip, or when the head start is over."""
+    monkeypatch.setattr(_engine, "HEAD_START_S", 60.0)
+    ended, before = [], {}
+
+    def encode(sample):
+        clip = int(sample.id.split("-")[0])
+        before.setdefault(clip, set(ended))
+        time.sleep(0.05)
+        ended.append(sample.id)
+        if clip == 0 and first_fails:
+            raise MediaError("0.mp4", "is no video", "")
+        return prompt_of(sample)
+
+    pipeline(samples_of(5, 2), encode, FakeEngine(), loaders=4)
+    assert before[0] == set()
+    first = "1-0" if first_fails else "0-0"
+    assert all(first in before[clip] for clip in ((2, 3, 4) if first_fails else (1, 2, 3, 4)))
 
 
 def test_requests_run_together_up_to_the_limit():

@@ -4,16 +4,20 @@ a clip's patches cross to its process once."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 
+import numpy as np
 import pytest
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from data.encode import Encoder
 from data.frame_cache import FrameCache
+from data.positions import patchify
 from data.records import Media, Sample
 from evaluate import _async_vllm
 from evaluate._async_vllm import AsyncVllm
@@ -21,7 +25,7 @@ from evaluate._engine import Limits, RequestFailed, SharedFrames, patch_bytes, r
 from evaluate._flags import build_parser
 from evaluate._models import engine_args
 from evaluate._scoring import Benchmark
-from rollout import vllm_access
+from rollout import vllm_access, vllm_inputs
 
 VIDEO = {"fps": 2.0, "min_frames": 4, "max_frames": 8, "min_pixels": 4096, "max_pixels": 112 * 224}
 IMAGE = {"min_pixels": 4096, "max_pixels": 128 * 128}
@@ -52,10 +56,12 @@ def with_engine(model_dir, dtype, work, **changes):
 
     async def run():
         engine = AsyncVllm(model_dir, encoder, **arguments)
+        assert gc.get_freeze_count() > 100_000  # what was loaded is no work for the garbage collector
         try:
             return await work(engine, encoder, frames)
         finally:
             engine.close()
+            assert gc.get_freeze_count() == 0
 
     return asyncio.run(run())
 
@@ -121,6 +127,26 @@ def test_answers_are_those_to_prompts_rendered_by_vllm(tiny, media_folder, monke
         assert got == expected and not any(engine._inputs.equal.values())
 
     with_engine(tiny(family), dtype, work)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("frames", [5, 8])
+def test_floats_made_in_parts_are_the_processors(tiny, monkeypatch, family, frames):
+    """For a vLLM that takes floats: parts of two temporal patches, of which 5 frames leave one that is not full."""
+    from transformers import AutoVideoProcessor
+
+    height, width = 4 * 28 if family == "qwen2_vl" else 4 * 32, 64 * 7 if family == "qwen3_vl" else 2 * 28
+    clip = np.random.default_rng(frames).integers(0, 256, (frames, 3, height, width), dtype=np.uint8)
+    processor = AutoVideoProcessor.from_pretrained(tiny(family))
+    theirs = processor([torch.from_numpy(clip)], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    want = theirs["pixel_values_videos"].to(torch.bfloat16)
+
+    inputs = vllm_inputs.EngineInputs(None, Encoder(tiny(family), video=VIDEO, image=IMAGE))
+    inputs._dtype = torch.bfloat16
+    monkeypatch.setattr(vllm_inputs, "PART_BYTES", 2 * clip[:2].nbytes + 1)
+    got = inputs._patches(clip, len(want))
+    assert got.dtype == want.dtype and torch.equal(got, want)
+    assert torch.equal(inputs._pixels(patchify(clip, inputs.encoder.patch, inputs.encoder.merge, 2)[0]), want)
 
 
 @pytest.mark.slow
