@@ -6,7 +6,8 @@
 # Phases: folder clips decode base see tune sees supervised rl table. One whose result is there is skipped. A training that
 # does not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
 # ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
-# TOGETHER=1: the RL runs beside each other, dealt over the GPUs: far quicker for a model of this size.
+# TOGETHER=1: the RL runs beside each other, dealt over the GPUs (those of CUDA_VISIBLE_DEVICES), RANKS to each: far quicker for
+# a model of this size.
 # RL_SECONDS=480: an RL run ends after this time, and its last checkpoint is the result.
 # LESSONS=train: supervision sees a demonstration of every question; SEE_STEPS, TUNE_STEPS: its updates.
 # RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
@@ -22,7 +23,9 @@ SEEDS=${SEEDS:-"0 1 2"}
 ALGORITHMS=${ALGORITHMS:-"grpo dapo"}
 RANKS=${RANKS:-1}
 TOGETHER=${TOGETHER:-0}
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || gpus=0
+case $TOGETHER in 0|1) ;; *) echo "TOGETHER must be 0 or 1, got '$TOGETHER'"; exit 2 ;; esac
+visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)} || visible=
+IFS=, read -ra gpus <<< "$visible"
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
 LESSONS=${LESSONS:-cold_start}   # cold_start: 60 questions of each kind
 phases=("$@")
@@ -101,6 +104,12 @@ learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised mode
   rm -rf "$3/final" && cp -r "$newest/hf" "$3/final"
   printf '{"step": %d, "final": "%s", "stopped_by": "RL_SECONDS=%s"}\n' "$((10#${newest##*-}))" "$3/final" "$RL_SECONDS" > "$3/done.json"
 }
+deal() {  # deal NUMBER: to this run, the next RANKS GPUs; nothing where there are not enough for two runs
+  local sets=$(( ${#gpus[@]} / RANKS )) own
+  [ $sets -ge 2 ] || return 0
+  own=$(IFS=,; echo "${gpus[*]:$(( $1 % sets * RANKS )):RANKS}")
+  export CUDA_VISIBLE_DEVICES=$own
+}
 run_rl() {  # run_rl ALGORITHM SEED NAME
   phase "RL: $3" "$RUN/$3/done.json" learn "$1" "$2" "$RUN/$3"
   phase "evaluate $3" "$RUN/$3/after/results.json" evaluate "$RUN/$3/final" "$3/after"
@@ -133,7 +142,7 @@ for name in "${phases[@]}"; do
           place="$algorithm${TAG:-}-seed$seed"
           if [ "$TOGETHER" = 0 ]; then run_rl "$algorithm" "$seed" "$place"; continue; fi
           say "RL: $place beside the others, log in $RUN/$place.log"
-          ( [ "$gpus" -lt 2 ] || export CUDA_VISIBLE_DEVICES=$((started % gpus)); run_rl "$algorithm" "$seed" "$place" ) > "$RUN/$place.log" 2>&1 &
+          ( deal "$started"; run_rl "$algorithm" "$seed" "$place" ) > "$RUN/$place.log" 2>&1 &
           together+=($!) started=$((started + 1))
         done
       done
