@@ -52,8 +52,8 @@ case $SIZE in
     engine=(--max_num_seqs 256 --kv_cache_gib 6) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
-    see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
-    tune=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4)
+    see=(--max_steps "${SEE_STEPS:-2}" --prompts_per_step 4 --learning_rate 1e-3)
+    tune=(--max_steps "${TUNE_STEPS:-2}" --prompts_per_step 4 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4)
     sft=(--token_budget 2048 --validate_every 2 --save_every 2)
     rl=(--max_steps 1 --prompts_per_step 2 --group_size 4 --learning_rate 5e-6 --token_budget 2048 --kv_cache_gib 0.1 --reward_workers 1
       --validate_every 0 --save_every 0)
@@ -142,12 +142,13 @@ for name in "${phases[@]}"; do
           place="$algorithm${TAG:-}-seed$seed"
           if [ "$TOGETHER" = 0 ]; then run_rl "$algorithm" "$seed" "$place"; continue; fi
           say "RL: $place beside the others, log in $RUN/$place.log"
-          ( deal "$started"; run_rl "$algorithm" "$seed" "$place" ) > "$RUN/$place.log" 2>&1 &
+          ( deal "$started"; run_rl "$algorithm" "$seed" "$place" ) >> "$RUN/$place.log" 2>&1 &
           together+=($!) started=$((started + 1))
         done
       done
       worst=0
       for process in "${together[@]}"; do wait "$process" || { status=$?; [ $status -eq 75 ] && [ $worst -ne 0 ] || worst=$status; }; done
+      [ $worst -ne 75 ] || unfinished "RL"
       [ $worst -eq 0 ] || { say "an RL run ended with status $worst: see $RUN/*-seed*.log"; exit $worst; } ;;
     table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
     *) say "unknown phase $name; known: folder clips decode base see tune sees supervised rl table"; exit 2 ;;

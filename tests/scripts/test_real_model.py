@@ -172,6 +172,27 @@ def test_runs_beside_each_other_get_the_visible_gpus_in_turn(tmp_path, listed, v
     assert (run / "dapo-seed3" / "after" / "seen").read_text().strip() == dealt[3]  # its evaluation stays there
 
 
+def test_runs_beside_each_other_that_are_not_finished_are_told_as_one_alone_is(tmp_path):
+    """Both trainings end without a result: with LIMIT_S that is 75 and the command to repeat, and the logs go on."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    settings = {"SIZE": "cpu", "RUN": str(tmp_path / "run"), "SEEDS": "0 1", "ALGORITHMS": "dapo", "TOGETHER": "1"}
+    environment = {**os.environ, **settings, "REELRL_VENV": str(tmp_path), "LIMIT_S": "200"}
+    for turn in (1, 2):
+        done = subprocess.run(
+            ["bash", "scripts/real_model.sh", "rl"],
+            cwd=ROOT,
+            env=environment,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 75
+        assert "RL is not finished within LIMIT_S=200: run the same command again" in done.stdout
+        assert (tmp_path / "run" / "dapo-seed1.log").read_text().count("is not finished within") == turn
+
+
 @pytest.mark.slow
 def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
     from tests.tiny_gguf import tiny_gguf  # needs gguf, the tests above do not
