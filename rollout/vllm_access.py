@@ -80,6 +80,7 @@ def installed_version() -> tuple[int, ...]:
 def check_arguments(names: Iterable[str]) -> None:
     """Raises ValueError for names that vllm.LLM of this version does not know: --vllm_args as the user wrote them."""
     prepare_environment()
+    found = ".".join(map(str, installed_version()))
     from vllm import LLM, EngineArgs
 
     known = {*inspect.signature(LLM).parameters, *(field.name for field in dataclasses.fields(EngineArgs))} - {"kwargs"}
@@ -87,9 +88,7 @@ def check_arguments(names: Iterable[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, 3)
             meant = f"; known and alike: {', '.join(close)}" if close else ""
-            raise ValueError(
-                f"--vllm_args: vllm.LLM {'.'.join(map(str, installed_version()))} has no argument {name}{meant}"
-            )
+            raise ValueError(f"--vllm_args: vllm.LLM {found} has no argument {name}{meant}")
 
 
 def build_llm(**arguments: Any):
