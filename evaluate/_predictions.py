@@ -38,6 +38,7 @@ ANSWER_SOURCES = (
     "evaluate/_models.py",
     "evaluate/_async_vllm.py",
     "rollout/vllm_inputs.py",
+    "rollout/vllm_access.py",  # makes the texts of answers
     "evaluate/_annotations.py",
 )
 IDENTITY_FILES = (

@@ -128,6 +128,8 @@ class RolloutEngine:
                 vllm_access.remove_shared_memory(shared, rank - shared.start)
 
         remove_shared_memory()  # of a run that was killed
+        if engine_args:
+            vllm_access.check_arguments(engine_args)
         self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.inputs = EngineInputs(self.llm, encoder)
@@ -179,11 +181,12 @@ class RolloutEngine:
                 # Prompts are handed over while there is room: their media are processed between decoding steps.
                 while waiting and vllm_access.unfinished_responses(self.llm) < self.max_num_seqs:
                     index, prompt, params = waiting.pop()
-                    request_id = f"{self._calls}-{index}"
-                    vllm_access.add_request(self.llm, request_id, self.inputs(prompt), params)
+                    request_id, rendered = f"{self._calls}-{index}", self.inputs(prompt)
+                    # Before it is added: one of which vLLM has taken a part when it raises has to be aborted, too.
+                    running[request_id] = index
+                    vllm_access.add_request(self.llm, request_id, rendered, params)
                     if isinstance(limits := settings[index]["max_tokens"], list):
                         vllm_access.limit_responses(self.llm, request_id, limits)
-                    running[request_id] = index
                 for output in vllm_access.step(self.llm):
                     index = running.pop(_our_id(output.request_id, running))
                     self._compare(prompts[index], list(output.prompt_token_ids))

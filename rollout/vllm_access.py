@@ -8,12 +8,15 @@ only an engine in this very process has (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import glob
+import inspect
 import itertools
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +75,20 @@ def installed_version() -> tuple[int, ...]:
             )
         return found
     raise ImportError("vLLM is not installed: run scripts/setup.sh")
+
+
+def check_arguments(names: Iterable[str]) -> None:
+    """Raises ValueError for names that vllm.LLM of this version does not know: --vllm_args as the user wrote them."""
+    prepare_environment()
+    found = ".".join(map(str, installed_version()))
+    from vllm import LLM, EngineArgs
+
+    known = {*inspect.signature(LLM).parameters, *(field.name for field in dataclasses.fields(EngineArgs))} - {"kwargs"}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3)
+            meant = f"; known and alike: {', '.join(close)}" if close else ""
+            raise ValueError(f"--vllm_args: vllm.LLM {found} has no argument {name}{meant}")
 
 
 def build_llm(**arguments: Any):

@@ -121,7 +121,8 @@ STAGES = (
     Stage(
         "real-model", "a real language model learns to watch video (GGUF=... names its file), three seeds of RL",
         (
-            "env TOGETHER=1 ALGORITHMS=dapo RL_SECONDS=480 RUN={work}/real bash scripts/real_model.sh "
+            # One thread per process, as the launcher has it by itself: three runs share the cores.
+            "env OMP_NUM_THREADS=1 TOGETHER=1 ALGORITHMS=dapo RL_SECONDS=480 RUN={work}/real bash scripts/real_model.sh "
             "folder clips decode see tune sees supervised rl table",
             "cat {work}/real/table.md",
         ),
@@ -148,7 +149,7 @@ def find_gpus() -> list[tuple[str, float]]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if all(number.isdigit() for number in visible):
         rows = [rows[int(number)] for number in visible if int(number) < len(rows)]
     return [(name.strip(), float(mib) / 1024) for name, mib in rows] if done.returncode == 0 else []

@@ -6,7 +6,8 @@
 # Phases: folder clips decode base see tune sees supervised rl table. One whose result is there is skipped. A training that
 # does not end within LIMIT_S saves, and an evaluation keeps what it has; the launcher then exits with 75: run it again.
 # ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
-# TOGETHER=1: the RL runs beside each other, dealt over the GPUs: far quicker for a model of this size.
+# TOGETHER=1: the RL runs beside each other, dealt over the GPUs (those of CUDA_VISIBLE_DEVICES), RANKS to each: far quicker for
+# a model of this size.
 # RL_SECONDS=480: an RL run ends after this time, and its last checkpoint is the result.
 # LESSONS=train: supervision sees a demonstration of every question; SEE_STEPS, TUNE_STEPS: its updates.
 # RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
@@ -22,7 +23,9 @@ SEEDS=${SEEDS:-"0 1 2"}
 ALGORITHMS=${ALGORITHMS:-"grpo dapo"}
 RANKS=${RANKS:-1}
 TOGETHER=${TOGETHER:-0}
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || gpus=0
+case $TOGETHER in 0|1) ;; *) echo "TOGETHER must be 0 or 1, got '$TOGETHER'"; exit 2 ;; esac
+visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)} || visible=
+IFS=, read -ra gpus <<< "$visible"
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
 LESSONS=${LESSONS:-cold_start}   # cold_start: 60 questions of each kind
 phases=("$@")
@@ -49,8 +52,8 @@ case $SIZE in
     engine=(--max_num_seqs 256 --kv_cache_gib 6) validated=256 answer=192 ;;  # several runs fit one GPU
   cpu)
     model=(--layers 2 --tower_depth 2 --tower_hidden 64 --tower_intermediate 96 --tower_heads 2) clips=${CLIPS:-16}
-    see=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-3)
-    tune=(--max_steps 2 --prompts_per_step 4 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4)
+    see=(--max_steps "${SEE_STEPS:-2}" --prompts_per_step 4 --learning_rate 1e-3)
+    tune=(--max_steps "${TUNE_STEPS:-2}" --prompts_per_step 4 --learning_rate 1e-4 --vision_learning_rate 3e-4 --merger_learning_rate 3e-4)
     sft=(--token_budget 2048 --validate_every 2 --save_every 2)
     rl=(--max_steps 1 --prompts_per_step 2 --group_size 4 --learning_rate 5e-6 --token_budget 2048 --kv_cache_gib 0.1 --reward_workers 1
       --validate_every 0 --save_every 0)
@@ -101,6 +104,12 @@ learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised mode
   rm -rf "$3/final" && cp -r "$newest/hf" "$3/final"
   printf '{"step": %d, "final": "%s", "stopped_by": "RL_SECONDS=%s"}\n' "$((10#${newest##*-}))" "$3/final" "$RL_SECONDS" > "$3/done.json"
 }
+deal() {  # deal NUMBER: to this run, the next RANKS GPUs; nothing where there are not enough for two runs
+  local sets=$(( ${#gpus[@]} / RANKS )) own
+  [ $sets -ge 2 ] || return 0
+  own=$(IFS=,; echo "${gpus[*]:$(( $1 % sets * RANKS )):RANKS}")
+  export CUDA_VISIBLE_DEVICES=$own
+}
 run_rl() {  # run_rl ALGORITHM SEED NAME
   phase "RL: $3" "$RUN/$3/done.json" learn "$1" "$2" "$RUN/$3"
   phase "evaluate $3" "$RUN/$3/after/results.json" evaluate "$RUN/$3/final" "$3/after"
@@ -133,12 +142,13 @@ for name in "${phases[@]}"; do
           place="$algorithm${TAG:-}-seed$seed"
           if [ "$TOGETHER" = 0 ]; then run_rl "$algorithm" "$seed" "$place"; continue; fi
           say "RL: $place beside the others, log in $RUN/$place.log"
-          ( [ "$gpus" -lt 2 ] || export CUDA_VISIBLE_DEVICES=$((started % gpus)); run_rl "$algorithm" "$seed" "$place" ) > "$RUN/$place.log" 2>&1 &
+          ( deal "$started"; run_rl "$algorithm" "$seed" "$place" ) >> "$RUN/$place.log" 2>&1 &
           together+=($!) started=$((started + 1))
         done
       done
       worst=0
       for process in "${together[@]}"; do wait "$process" || { status=$?; [ $status -eq 75 ] && [ $worst -ne 0 ] || worst=$status; }; done
+      [ $worst -ne 75 ] || unfinished "RL"
       [ $worst -eq 0 ] || { say "an RL run ended with status $worst: see $RUN/*-seed*.log"; exit $worst; } ;;
     table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
     *) say "unknown phase $name; known: folder clips decode base see tune sees supervised rl table"; exit 2 ;;

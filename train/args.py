@@ -21,6 +21,8 @@ OURS_IN_VLLM = {
     "dtype": "--dtype",
     "seed": "--seed",
     "tensor_parallel_size": "--tensor_parallel",
+    "pipeline_parallel_size": "the launcher: an engine is one stage on --tensor_parallel ranks",
+    "data_parallel_size": "the launcher: an engine per --tensor_parallel ranks",
     "max_model_len": "--max_model_len",
     "max_num_seqs": "--max_num_seqs",
     "max_num_batched_tokens": "--max_num_batched_tokens",
@@ -29,6 +31,7 @@ OURS_IN_VLLM = {
     "enforce_eager": "--enforce_eager",
     "enable_sleep_mode": "--sleep_level",
     "trust_remote_code": "--trust_remote_code",
+    "mm_processor_cache_gb": "the rollout: vLLM is given every clip ready made, once per step",
     "logprobs_mode": "the trainer, which needs those of the distribution that was sampled from",
     "distributed_executor_backend": "the launcher",
 }

@@ -60,6 +60,7 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
     if counts:
         longest = max(counts)
         packed = longest + args.group_size * args.max_response_tokens
+        row = longest + args.max_response_tokens
         budget = args.token_budget * args.sequence_parallel
         lines += [
             "",
@@ -68,7 +69,10 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
             f"  one packed group: at most {packed} (prompt once + {args.group_size} x {args.max_response_tokens}); "
             f"--token_budget {args.token_budget}{f' on {args.sequence_parallel} ranks' if budget != args.token_budget else ''} "
             f"holds {max(1, budget // packed)} such group(s) per micro-batch",
-            f"  as one row per response it would be {args.group_size * (longest + args.max_response_tokens)}",
+            f"  as one row per response it would be {args.group_size * row}"
+            if args.pack_groups
+            else f"  --no-pack_groups: not packed, one row per response, {args.group_size} x {row} = {args.group_size * row}; "
+            f"--token_budget holds {max(1, budget // row)} row(s) per micro-batch",
             "",
             *memory_lines(args, encoder.config, longest, per_rank, world_size),
         ]

@@ -50,6 +50,42 @@ def test_linear_attention_takes_kernels_that_need_no_compiler(asked):
     assert asked("qwen3_5", engine_args={"gdn_prefill_backend": "flashinfer"})["gdn_prefill_backend"] == "flashinfer"
 
 
+def test_an_argument_that_vllm_does_not_know_is_named(asked):
+    with pytest.raises(
+        ValueError, match=r"--vllm_args: vllm\.LLM \d+\.\d+\S* has no argument blocksize; .*\bblock_size\b"
+    ):
+        asked(engine_args={"blocksize": 128})
+    assert asked(engine_args={"block_size": 128, "disable_log_stats": False})["block_size"] == 128
+
+
+@pytest.mark.parametrize("fails_at", ["add_request", "limit_responses"])
+def test_a_request_that_vllm_takes_in_part_is_aborted_with_the_others(monkeypatch, fails_at):
+    """vLLM lists the responses of a request before its engine core may refuse them: left there, they never end."""
+    listed, aborted = [], []
+
+    def add(llm, request_id, prompt, params):
+        listed.append(request_id)
+        if prompt == "second" and fails_at == "add_request":
+            raise TypeError("refused by the core")
+
+    def limit(llm, request_id, limits):
+        if request_id == "1-1":
+            raise RuntimeError("not listed")
+
+    monkeypatch.setattr(vllm_access, "unfinished_responses", lambda llm: len(listed))
+    monkeypatch.setattr(vllm_access, "add_request", add)
+    monkeypatch.setattr(vllm_access, "limit_responses", limit)
+    monkeypatch.setattr(vllm_access, "abort", lambda llm, names: aborted.extend(names))
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine.llm, engine.max_num_seqs, engine._calls, engine.rollout_seed = None, 8, 0, "request"
+    engine.inputs = lambda prompt: prompt
+    waiting = [(0, "first", None), (1, "second", None), (2, "third", None)]
+    settings = [{"max_tokens": [3, 5]}] * 3
+    with pytest.raises((TypeError, RuntimeError), match=r"refused by the core|not listed"):
+        list(engine._run(["first", "second", "third"], waiting, settings, 0, ""))
+    assert aborted == listed == ["1-0", "1-1"]
+
+
 def test_frames_become_patches_with_all_threads(monkeypatch):
     """vLLM takes the number from the environment, and one thread where it finds none. The user's own number stays."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)

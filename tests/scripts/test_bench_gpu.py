@@ -56,7 +56,7 @@ def test_the_gpus_that_count_are_the_visible_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_gpus() == [("A", 1.0), ("B", 2.0), ("C", 4.0)]
-    for visible, names in (("1", "B"), ("2,0", "CA"), ("7", ""), ("GPU-5dca70cf", "ABC")):
+    for visible, names in (("1", "B"), ("2,0", "CA"), ("2, 0", "CA"), ("7", ""), ("GPU-5dca70cf", "ABC")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert "".join(name for name, _ in find_gpus()) == names
 

@@ -130,6 +130,69 @@ def test_losses_with_own_and_other_pixels_are_those_of_the_last_validation(tmp_p
         sees.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("listed", "visible", "ranks", "dealt"),
+    [
+        (3, None, 1, ["0", "1", "2", "0"]),
+        (4, None, 2, ["0,1", "2,3", "0,1", "2,3"]),
+        (3, None, 2, ["none", "none", "none", "none"]),  # one set of two: nothing to deal
+        (4, "3,1", 1, ["3", "1", "3", "1"]),
+        (4, "2", 1, ["2", "2", "2", "2"]),
+        (0, None, 1, ["none", "none", "none", "none"]),
+    ],
+)
+def test_runs_beside_each_other_get_the_visible_gpus_in_turn(tmp_path, listed, visible, ranks, dealt):
+    """torchrun and python are scripts that write down what they were given; the run of seed 2 fails, the others end."""
+    programs = {
+        "nvidia-smi": f"for n in $(seq 1 {listed}); do echo GPU $((n - 1)): H200 UUID: GPU-$n; done",
+        "torchrun": """while [ "$1" != --output_dir ]; do [ "$1" != --seed ] || seed=$2; shift; done
+            mkdir -p "$2" && echo "${CUDA_VISIBLE_DEVICES:-none}" > "$2/seen"
+            [ "$seed" != 2 ] || exit 7; echo {} > $2/done.json""",
+        "python": """while [ "$1" != --run_dir ]; do shift; done
+            mkdir -p "$2" && echo "${CUDA_VISIBLE_DEVICES:-none}" > "$2/seen" && echo {} > $2/results.json""",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, lines in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    run = tmp_path / "run"
+    settings = {"SIZE": "cpu", "RUN": str(run), "SEEDS": "0 1 2 3", "ALGORITHMS": "dapo", "TOGETHER": "1"}
+    environment = {**os.environ, **settings, "REELRL_VENV": str(tmp_path), "RANKS": str(ranks)}
+    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    done = subprocess.run(
+        ["bash", "scripts/real_model.sh", "rl"], cwd=ROOT, env=environment, timeout=60, capture_output=True, text=True
+    )
+    assert [(run / f"dapo-seed{seed}" / "seen").read_text().strip() for seed in range(4)] == dealt
+    ended = [seed for seed in range(4) if (run / f"dapo-seed{seed}" / "after" / "results.json").exists()]
+    assert (done.returncode, ended) == (7, [0, 1, 3])
+    assert "an RL run ended with status 7" in done.stdout
+    assert (run / "dapo-seed3" / "after" / "seen").read_text().strip() == dealt[3]  # its evaluation stays there
+
+
+def test_runs_beside_each_other_that_are_not_finished_are_told_as_one_alone_is(tmp_path):
+    """Both trainings end without a result: with LIMIT_S that is 75 and the command to repeat, and the logs go on."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    settings = {"SIZE": "cpu", "RUN": str(tmp_path / "run"), "SEEDS": "0 1", "ALGORITHMS": "dapo", "TOGETHER": "1"}
+    environment = {**os.environ, **settings, "REELRL_VENV": str(tmp_path), "LIMIT_S": "200"}
+    for turn in (1, 2):
+        done = subprocess.run(
+            ["bash", "scripts/real_model.sh", "rl"],
+            cwd=ROOT,
+            env=environment,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 75
+        assert "RL is not finished within LIMIT_S=200: run the same command again" in done.stdout
+        assert (tmp_path / "run" / "dapo-seed1.log").read_text().count("is not finished within") == turn
+
+
 @pytest.mark.slow
 def test_launcher_runs_every_phase_and_a_second_run_makes_nothing_again(tmp_path):
     from tests.tiny_gguf import tiny_gguf  # needs gguf, the tests above do not

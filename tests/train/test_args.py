@@ -145,6 +145,11 @@ def test_further_arguments_of_vllm(required, monkeypatch):
     assert build_engine(args, None, torch.device("cpu"))["engine_args"] == {"block_size": 128, "cpu_offload_gb": 2}
     args.vllm_args = '{"seed": 3, "logprobs_mode": "raw_logprobs"}'
     assert [text.split(":")[1].split()[0] for text in check_args(args, 1)] == ["logprobs_mode", "seed"]
+    args.vllm_args = '{"mm_processor_cache_gb": 1, "pipeline_parallel_size": 2}'
+    assert [text.split(":")[1].split()[0] for text in check_args(args, 1)] == [
+        "mm_processor_cache_gb",
+        "pipeline_parallel_size",
+    ]
     args.vllm_args = "[1]"
     assert check_args(args, 1) == ["--vllm_args must be a JSON object, got [1]"]
 

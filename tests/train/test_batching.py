@@ -137,7 +137,7 @@ def test_micro_batches_cover_every_row_once_and_agree_with_other_ranks():
 
 def test_without_packing_every_response_has_its_prompt_to_itself():
     groups = [make_group(10, [2, 3]), make_group(4, [1, 1]), make_group(6, [5, 2])]
-    # Tokens 12, 13, 5, 5, 11, 8 (54 instead of 34): three micro-batches of at most 25,.
+    # Tokens 12, 13, 5, 5, 11, 8 (54 instead of 34): three micro-batches of at most 25.
     cut = micro_batches(
         build_batch(groups), [0, 1, 2], token_budget=25, cost=lambda g: float(len(g.prompt.input_ids)), pack=False
     )

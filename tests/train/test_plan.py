@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from train import plan
+from train.args import parse_args
 from train.plan import check_attention, check_model_folder, load_samples
 from train.run_log import resumed_text
 
@@ -45,6 +48,37 @@ def test_both_lists_of_rows_left_out_stay_and_are_made_anew(tmp_path):
     write(tmp_path / "train.jsonl", GOOD)
     load_samples(args)
     assert not (run / "failed-train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--pack_groups", "holds 2 such group(s) per micro-batch\n  as one row per response it would be 1200\n"),
+        # 250 and 4 x (250 + 50) tokens, against a budget of 1,000
+        (
+            "--no-pack_groups",
+            "not packed, one row per response, 4 x 300 = 1200; --token_budget holds 3 row(s) per micro-batch\n",
+        ),
+    ],
+)
+def test_dry_run_says_what_a_micro_batch_holds(tmp_path, monkeypatch, flag, told):
+    monkeypatch.setattr(plan, "memory_lines", lambda *_: [])
+    monkeypatch.setattr("train.sequence_parallel.check_model", lambda *_: None)
+    words = [
+        "--model",
+        str(tmp_path),
+        "--data",
+        write(tmp_path / "train.jsonl", GOOD),
+        "--output_dir",
+        str(tmp_path),
+        flag,
+    ]
+    words += ["--algorithm", "grpo", "--group_size", "4"]
+    words += ["--max_response_tokens", "50", "--token_budget", "1000", "--prompts_per_step", "2", "--max_steps", "1"]
+    prompt = SimpleNamespace(input_ids=[0] * 250, text="", sample=None)
+    encoder = SimpleNamespace(config=None, count_tokens=lambda sample: 250, encode=lambda sample: prompt)
+    sample = SimpleNamespace(id="a", file="f", line=1, answer="b", media=(), source="")
+    assert told in plan.dry_run(parse_args(words), [sample, sample], encoder, 1)
 
 
 def test_only_rank_0_writes_lists(tmp_path, monkeypatch, recwarn):
