@@ -424,9 +424,8 @@ async def run_pipeline(
                     on_row(sample, failure(sample, status, f"{type(error).__name__}: {error}"))
                     continue
                 if not asked:
-                    actual = min(size, reserved)
-                    gate.resize(reserved, actual)
-                    reserved = actual
+                    gate.resize(reserved, size)
+                    reserved = size
                 await slots.acquire()
                 engine_has_work.set()
                 question = ask(sample, prompt)

@@ -121,7 +121,7 @@ def build_engine(args: argparse.Namespace, encoder: Encoder) -> Engine:
 
 def bytes_per_value(args: argparse.Namespace) -> int:
     """Of a pixel value on its way to the engine, at most: vLLM may take bytes and normalise them itself."""
-    return 4 if args.dtype == "float32" else 2
+    return 4 if args.dtype in ("float32", "float") else 2
 
 
 def limits_of(args: argparse.Namespace) -> Limits:

@@ -59,7 +59,17 @@ class EngineInputs:
                 if kinds not in self.equal:  # another thread has not learnt it meanwhile
                     theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
                     return self._compare(kinds, prompt, theirs, shared) or theirs
-        return self.make(prompt, shared) if self.equal[kinds] else prompt.vllm_prompt
+        return self.make(prompt, shared) if self.equal[kinds] else self._left_to_vllm(kinds, prompt)
+
+    def _left_to_vllm(self, kinds: tuple[str, ...], prompt: Prompt) -> dict[str, Any]:
+        """A prompt that vLLM has to render: done here where its SECONDS may be wrong, which one clip of 24 frames per second
+        does not show."""
+        if self.encoder.family != "qwen2_5_vl" or "video" not in kinds:
+            return prompt.vllm_prompt
+        theirs = vllm_access.render(self.llm, prompt.vllm_prompt)
+        if wrong := wrong_seconds(prompt, self.encoder, theirs):
+            raise RuntimeError(refusal(kinds, "see the warning at the first of them", wrong))
+        return theirs
 
     def make(self, prompt: Prompt, shared: dict | None = None) -> dict[str, Any]:
         """The rendered prompt: {type, prompt_token_ids, mm_kwargs, mm_hashes, mm_placeholders, prompt}."""
@@ -162,10 +172,9 @@ class EngineInputs:
         self, kinds: tuple[str, ...], prompt: Prompt, theirs: dict[str, Any], shared: dict | None
     ) -> dict[str, Any] | None:
         """Learn from vLLM's own rendering of this prompt whether ours is the same, and say if it is not -> ours if it is."""
-        pixels = next(iter(theirs["mm_kwargs"][kinds[0]]))[PIXELS[kinds[0]]].data
-        self._dtype = pixels.dtype
         ours = None
         try:
+            self._dtype = next(iter(theirs["mm_kwargs"][kinds[0]]))[PIXELS[kinds[0]]].data.dtype
             ours = self.make(prompt, shared)
             why = difference(ours, theirs)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -173,10 +182,7 @@ class EngineInputs:
         self.equal[kinds] = why is None
         if wrong := wrong_seconds(prompt, self.encoder, theirs):
             if why:
-                raise RuntimeError(
-                    f"prompts with {' and '.join(kinds)} have to be rendered by vLLM, because ours differs ({why}), but this "
-                    f"vLLM {wrong}: it would sample from other positions than are trained on. Use the pinned version of vLLM"
-                )
+                raise RuntimeError(refusal(kinds, why, wrong))
             warnings.warn(f"this vLLM {wrong}; the trainer's seconds are given to it", stacklevel=2)
         if why:
             warnings.warn(
@@ -184,6 +190,13 @@ class EngineInputs:
                 stacklevel=2,
             )
         return None if why else ours
+
+
+def refusal(kinds: tuple[str, ...], why: str, wrong: str) -> str:
+    return (
+        f"prompts with {' and '.join(kinds)} have to be rendered by vLLM, because ours differs ({why}), but this vLLM {wrong}: "
+        "it would sample from other positions than are trained on. Use the pinned version of vLLM"
+    )
 
 
 def wrong_seconds(prompt: Prompt, encoder: Encoder, theirs: dict[str, Any]) -> str | None:

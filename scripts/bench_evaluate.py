@@ -100,7 +100,7 @@ class GpuWatch:
             pynvml.nvmlInit()
         except pynvml.NVMLError:  # no driver
             return
-        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
         self._read = lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
         self._thread = threading.Thread(target=self._sample, daemon=True)

@@ -403,6 +403,9 @@ def test_seconds_of_a_video_are_the_trainers_whatever_vllm_makes_of_them(tiny, m
     monkeypatch.undo()
 
     monkeypatch.setattr(vllm_access, "render", without_metadata)
+    engine.inputs.equal[("video",)] = False  # learnt of a clip that happens to be sampled at 24 frames per second
+    with pytest.raises(RuntimeError, match=r"ours differs \(see the warning .*\), but this vLLM gives a video 0\.083"):
+        collect(engine, prompts)
     engine.inputs.equal.clear()
     prompts[0].input_ids[4] += 1  # and if ours cannot be used either, nothing is sampled
     with pytest.raises(RuntimeError, match=r"ours differs \(token ids\), but this vLLM gives a video 0\.083"):
