@@ -60,6 +60,22 @@ class VisualShape:
     source_width: int = 0
 
 
+def read_config(model_dir: str, trust_remote_code: bool = False):
+    """The folder's transformers configuration, of transformers' own class.
+
+    A vLLM that has read a folder of the same family in this process has put a class of its own in that one's place for
+    AutoConfig (0.26 does for Qwen3.5), and transformers can build no model from that.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    own = CONFIG_MAPPING_NAMES.get(config.model_type)
+    if own is None or not type(config).__module__.startswith("vllm."):
+        return config
+    return getattr(transformers, own).from_pretrained(model_dir)
+
+
 class Encoder:
     """The input side of one model folder: tokenizer, processor constants, budgets, prompts.
 
@@ -85,11 +101,11 @@ class Encoder:
         trust_remote_code: bool = False,
         build_patches: bool = True,
     ):
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoProcessor
 
         if on_long not in ON_LONG:
             raise ValueError(f"--on_long must be one of {', '.join(ON_LONG)}, got {on_long!r}")
-        self.config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        self.config = read_config(model_dir, trust_remote_code)
         self.family = self.config.model_type
         if self.family not in FAMILIES:
             raise ValueError(f"{model_dir}: model_type {self.family!r} is none of {', '.join(FAMILIES)}")

@@ -22,8 +22,7 @@ class WeightNamesError(ValueError):
 def expected_names(config, trust_remote_code: bool = False) -> set[str]:
     """Names of model.named_parameters() for a transformers configuration, without weights. Tied weights appear once.
 
-    The configuration has to be read before vLLM reads the folder: vLLM 0.26 registers a Qwen3.5 configuration of its own
-    with transformers' AutoConfig, and no transformers model can be built from that one.
+    The configuration is data.encode.read_config's.
     """
     from transformers import AutoModelForImageTextToText
 

@@ -392,11 +392,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def is_installed(module: str) -> bool:
+def why_missing(module: str) -> str | None:
+    """None if the module is there, else what is missing: it, or a package that it needs itself."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
-        return False
+        return None if importlib.util.find_spec(module) is not None else f"no module {module}"
+    except ImportError as error:  # of a package above it, which is imported to look inside
+        return str(error)
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -413,9 +414,9 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
             raise ValueError(f"--attention {name} needs CUDA; on a CPU use --attention sdpa")
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"--attention {name} has no {dtype} kernel; use flex or sdpa, or --dtype bf16")
-    if name in PACKAGES and not is_installed(PACKAGES[name]):
+    if name in PACKAGES and (missing := why_missing(PACKAGES[name])):
+        package = "flash-attn" if name == "flash2" else "flash-attn-4"
         raise ValueError(
-            f"--attention {name} needs the package flash-attn{'' if name == 'flash2' else '-4'}; use --attention flex or varlen "
-            "without it"
+            f"--attention {name} needs the package {package} ({missing}); use --attention flex or varlen without it"
         )
     return name

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
+from data.encode import read_config
 from data.normalise import read_normalisation
 from data.records import Group
 from train.group_attention import choose_attention, pack
@@ -420,9 +421,7 @@ def _sequence_set(model_dir: str, args) -> SequenceSet | None:
     """The ranks of --sequence_parallel that this one shares sequences with. Raises ValueError if the model cannot be cut."""
     size = getattr(args, "sequence_parallel", 1)
     if size > 1:  # before the weights are loaded
-        check_model(
-            AutoConfig.from_pretrained(model_dir, trust_remote_code=getattr(args, "trust_remote_code", False)), size
-        )
+        check_model(read_config(model_dir, getattr(args, "trust_remote_code", False)), size)
     return sequence_set(size)
 
 

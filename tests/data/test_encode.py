@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from data.encode import Encoder, PromptTooLong
+from data.encode import Encoder, PromptTooLong, read_config
 from data.frame_cache import FrameCache
 from data.positions import mrope_positions, patch_times, patchify
 from data.records import Media, Sample
@@ -353,3 +353,22 @@ def test_special_ids(encoders):
         assert sorted(tokens) == [f"<|{name}|>" for name in names]
         ends = encoder.tokenizer.convert_ids_to_tokens(list(encoder.eos_token_ids))
         assert sorted(ends) == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_a_config_that_vllm_has_put_in_transformers_place(tiny):
+    """vLLM 0.26 registers a Qwen3.5 configuration of its own with AutoConfig; no transformers model can be built from it."""
+    from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen3_5Config
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    folder = tiny("qwen3_5")
+    fields = {"model_type": "qwen3_5", "__module__": "vllm.transformers_utils.configs.qwen3_5"}
+    AutoConfig.register("qwen3_5", type("Qwen3_5Config", (PretrainedConfig,), fields), exist_ok=True)
+    try:
+        assert type(AutoConfig.from_pretrained(folder)) is not Qwen3_5Config
+        config = read_config(folder)
+    finally:
+        del CONFIG_MAPPING._extra_content["qwen3_5"]
+    assert type(config) is Qwen3_5Config
+    assert config.to_diff_dict() == Qwen3_5Config.from_pretrained(folder).to_diff_dict()
+    with torch.device("meta"):
+        assert AutoModelForImageTextToText.from_config(config).config.vision_config.num_heads == config.vision_config.num_heads

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from transformers import AutoModelForImageTextToText
 
-from data.encode import Encoder
+from data.encode import Encoder, read_config
 from data.normalise import normalise
 from data.records import Group, Media, Sample
 from rollout import vllm_access
@@ -147,7 +147,9 @@ def main() -> None:
     groups = sample(engine, prompts, 0)
     seen["gap_at_start"] = gap(policy, groups)
     start = [(r.token_ids, r.rollout_logprobs) for group in groups for r in group.responses]
-    plain = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa").eval()
+    plain = AutoModelForImageTextToText.from_pretrained(
+        model_dir, config=read_config(model_dir), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     seen["from_fp32"] = distances(policy, plain, encoder, groups)
     seen["towers_from_fp32"] = towers(policy, plain, engine, prompts)
     Path(out).with_suffix(".first.json").write_text(json.dumps(seen))  # for one who looks before the end

@@ -15,7 +15,7 @@ from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
 from train.fused import ROTATIONS
-from train.group_attention import PACKAGES, is_installed, pack
+from train.group_attention import PACKAGES, pack, why_missing
 from train.packed_model import PackedModel
 
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
@@ -69,7 +69,7 @@ def test_flex_in_fp32(family, reference):
     assert max(distances(gradients, reference[1])) < 1e-3
 
 
-FLASH4 = pytest.param("flash4", marks=pytest.mark.skipif(not is_installed(PACKAGES["flash4"]), reason="no flash-attn-4"))
+FLASH4 = pytest.param("flash4", marks=pytest.mark.skipif(bool(why_missing(PACKAGES["flash4"])), reason="no flash-attn-4"))
 
 
 @pytest.mark.parametrize("backend", ["flex", "varlen", FLASH4])

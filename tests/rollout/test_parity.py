@@ -15,7 +15,7 @@ from transformers import AutoVideoProcessor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data.encode import Encoder
+from data.encode import Encoder, read_config
 from data.records import Media, Sample
 from rollout import vllm_access
 from rollout.engine import PromptMismatch, RolloutEngine
@@ -85,7 +85,7 @@ def score(model, encoder, prompt, response, temperature=TEMPERATURE):
 def load(model_dir, dtype=torch.float32):
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).eval()
+    return AutoModelForImageTextToText.from_pretrained(model_dir, config=read_config(model_dir), dtype=dtype).eval()
 
 
 def gaps(engine, model, encoder, prompts, step, greedy=False):

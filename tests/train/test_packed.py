@@ -25,6 +25,7 @@ from train.group_attention import (
     pack,
     sdpa_packed,
     varlen_packed,
+    why_missing,
 )
 from train.packed_model import PackedModel
 from train.policy import buffers_to, checkpoint_activations
@@ -384,11 +385,21 @@ def test_backends_that_cannot_run_are_refused():
         choose_attention("varlen", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
-    for name, package in (("flash2", "flash-attn;"), ("flash4", "flash-attn-4;")):
-        with pytest.raises(ValueError, match=f"--attention {name} needs the package {package} use --attention flex or varlen"):
+    for name, package in (("flash2", "flash-attn"), ("flash4", "flash-attn-4")):
+        with pytest.raises(ValueError, match=rf"needs the package {package} \(.*flash_attn.*\); use --attention flex or varlen"):
             choose_attention(name, torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ValueError, match="'xformers' is not one of"):
         choose_attention("xformers", CPU, torch.float32)
+
+
+def test_a_package_that_lacks_one_of_its_own_is_told_from_one_that_is_not_there(tmp_path, monkeypatch):
+    inner = tmp_path / "half_installed" / "kernels"
+    inner.mkdir(parents=True)
+    (inner / "__init__.py").write_text("import a_compiler_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert why_missing("half_installed.kernels.interface") == "No module named 'a_compiler_nobody_has'"
+    assert "nowhere_at_all" in why_missing("nowhere_at_all.interface")
+    assert why_missing("json.decoder") is None
 
 
 def test_buffers_go_where_the_model_runs_and_parameters_stay():
