@@ -30,7 +30,7 @@ LIMIT_S=${LIMIT_S:-0}   # 0: no limit
 LESSONS=${LESSONS:-cold_start}   # cold_start: 60 questions of each kind
 phases=("$@")
 [ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune sees supervised rl table)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR} PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 PATH="$(cd "${REELRL_VENV:-.venv}/bin" && pwd):$PATH"; export PATH
 
 # A frame is 112 x 112: 8 x 8 patches, 16 tokens per second of video at 2 frames per second.

@@ -34,6 +34,9 @@ QUESTIONS = ("Which colour is the square?", "Where does it move?", "How many fra
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "min_tokens": 8}
 FLAGS = ["--max_num_seqs=8", "--max_model_len=2048", "--kv_cache_gib=0.25", "--max_num_batched_tokens=8192"]
 FLAGS += ["--max_frames=8", "--video_max_pixels=25088"]
+# The GPU set's vLLM takes floats where later ones normalise bytes, and has Qwen2.5-VL's seconds wrong.
+OLD = vllm_access.installed_version() < (0, 27)
+ON_OLD_CPU = pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="vLLM 0.26's linear attention dies on this CPU")
 
 
 def samples_of(folder, mixes=MIXES, questions=QUESTIONS) -> list[Sample]:
@@ -90,7 +93,12 @@ async def rendered_by_vllm(engine, encoder, samples) -> dict[str, tuple]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("qwen2_vl", "float32"), ("qwen2_5_vl", "float32"), ("qwen3_vl", "float32"), ("qwen3_5", "bfloat16")],
+    [
+        ("qwen2_vl", "float32"),
+        ("qwen2_5_vl", "float32"),
+        ("qwen3_vl", "float32"),
+        pytest.param("qwen3_5", "bfloat16", marks=ON_OLD_CPU),
+    ],
 )
 def test_answers_are_those_to_prompts_rendered_by_vllm(tiny, media_folder, monkeypatch, family, dtype):
     """Videos, images, both and text, three questions each; then the same again where ours is made to differ."""
@@ -122,6 +130,10 @@ def test_answers_are_those_to_prompts_rendered_by_vllm(tiny, media_folder, monke
         engine._inputs.equal.clear()
         await engine.reset_caches()
         monkeypatch.setattr(type(engine._inputs), "_placeholders", lambda self, prompt: {})
+        if OLD and family == "qwen2_5_vl":  # the way back would be a wrong one
+            with pytest.raises(RuntimeError, match="it would sample from other positions than are trained on"):
+                await through_the_pipeline(engine, encoder, frames, samples)
+            return
         with pytest.warns(UserWarning, match="are rendered by vLLM, which takes longer: ours differs"):
             got = await through_the_pipeline(engine, encoder, frames, samples)
         assert got == expected and not any(engine._inputs.equal.values())
@@ -168,7 +180,7 @@ def test_what_the_engine_has_and_what_it_forgot_is_known_here(tiny, media_folder
         await engine.reset_caches()
         rendered = {sample.id: engine.render(encoder.encode(sample), {}) for sample in samples}
         size = patch_bytes(rendered["0-0"])
-        assert size == 4 * 3 * 96 * 224 + 3 * 8  # bytes of 4 frames (vLLM normalises them), and a grid of three int64
+        assert size == width * 4 * 3 * 96 * 224 + 3 * 8  # 4 frames (vLLM normalises bytes itself), and a grid of three int64
         cache = engine._llm.renderer.mm_processor_cache
         names = [rendered[f"{number}-0"]["mm_hashes"]["video"][0] for number in range(6)]
         assert len(set(names)) == 6
@@ -205,8 +217,9 @@ def test_what_the_engine_has_and_what_it_forgot_is_known_here(tiny, media_folder
             await engine.generate(engine.render(large.encode(whole), {}), GREEDY, "large")
         assert ("", (await engine.generate(rendered["0-0"], GREEDY, "after")).text) == expected["0-0"][:2]
 
-    # 4 frames are 0.26 MB, so that two clips fit into 0.6 MB and a third does not; nor do 16 frames.
-    with_engine(tiny("qwen3_vl"), "float32", work, mm_processor_cache_gb=0.6e6 / 2**30)
+    width = 4 if OLD else 1  # bytes of a value
+    # 4 frames are 0.26 MB of bytes, so that two clips fit into 0.6 MB and a third does not; nor do 16 frames.
+    with_engine(tiny("qwen3_vl"), "float32", work, mm_processor_cache_gb=width * 0.6e6 / 2**30)
 
 
 @pytest.mark.slow
