@@ -25,8 +25,8 @@ LETTERS = "ABCD"
 CAPTION = "Describe what happens, in order."
 STILL_CAPTION = "Describe the picture."
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-# How many shapes a scene is asked to have more of, by how many it has: over five scenes times four, each threshold has as many
-# that have more as have not, and it is as near to the number as that allows.
+# "Do more than … shapes appear?": the thresholds of four scenes with 1, 2 … 5 shapes. Over these twenty scenes every threshold
+# is exceeded as often as not, and all are as near to the truth as that allows.
 THRESHOLDS = {1: (1, 1, 1, 2), 2: (1, 1, 1, 2), 3: (2, 2, 3, 3), 4: (3, 4, 4, 4), 5: (3, 4, 4, 4)}
 NAME = re.compile(rf"\b(?:an? )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)})\b")
 COLOUR = re.compile(rf"\b(?:{'|'.join(COLOURS)})\b")
@@ -46,7 +46,8 @@ class Asker:
         return self.decks.setdefault(name, Deck(self.rng, cards)).deal()
 
     def choice(self, question: str, right: str, wrong: list[str], thought: str) -> Row:
-        """Multiple choice with up to four options, the right one at the letter that is dealt."""
+        """Multiple choice with up to four options, the right one at the letter that is dealt (question_rows deals anew, once
+        it is known which rows stay)."""
         wrong = [wrong[i] for i in self.rng.permutation(len(wrong))[:3].tolist()]
         listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, [right, *wrong])]
         made = row(question, "A", "multiple choice", thought) | {"options": listed}
@@ -227,9 +228,9 @@ def _bump(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
         "alone": f"{one} stops before it touches the {second.name}. {other} moves away all the same, so it moves by itself.",
         "none": f"{one} stops before it touches the {second.name}. {other} does not move.",
     }
-    answers = {"hit": f"the {first.name} hits it", "alone": "it moves by itself"}
-    right, stays = answers.get(cause, "it does not move"), "it does not move"
-    wrong = [text for text in (*answers.values(), stays) if text != right]
+    hit, alone, stays = f"the {first.name} hits it", "it moves by itself", "it does not move"
+    right = {"hit": hit, "alone": alone}.get(cause, stays)
+    wrong = [text for text in (hit, alone, stays) if text != right]
     seen = story[cause]
     return [
         ("cause", ask.choice(f"Why does the {second.name} move?", right, wrong, seen)),
