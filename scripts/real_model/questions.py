@@ -2,12 +2,18 @@
 
 Every row carries `offline_output`: "<think>what is seen, and what follows</think><answer>…</answer>", the form that
 data/prompts.py asks for; captions and their prompt stand without thinking. Options are shuffled, letters dealt evenly.
+
+Nothing is to be gained without looking: what a policy could learn of a template by its answers alone, reinforcement learning
+pays for. So `balanced` drops rows until every wording has its answers equally often (the idea of VQA v2's balanced pairs,
+Goyal et al. 2017, arXiv 1612.00837, section 3), and the scenes are drawn so that few have to go.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,11 @@ LETTERS = "ABCD"
 CAPTION = "Describe what happens, in order."
 STILL_CAPTION = "Describe the picture."
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+# "Do more than … shapes appear?": the thresholds of four scenes with 1, 2 … 5 shapes. Over these twenty scenes every threshold
+# is exceeded as often as not, and all are as near to the truth as that allows.
+THRESHOLDS = {1: (1, 1, 1, 2), 2: (1, 1, 1, 2), 3: (2, 2, 3, 3), 4: (3, 4, 4, 4), 5: (3, 4, 4, 4)}
+NAME = re.compile(rf"\b(?:an? )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)})\b")
+COLOUR = re.compile(rf"\b(?:{'|'.join(COLOURS)})\b")
 Row = dict[str, Any]
 
 
@@ -30,15 +40,18 @@ class Asker:
         self.rng = np.random.default_rng([seed, 200 + stream])
         self.unseen = split == "unseen"
         self.letters = {n: Deck(self.rng, LETTERS[:n]) for n in range(2, len(LETTERS) + 1)}  # by number of options
-        self.sides = Deck(self.rng, (True, False))
+        self.decks: dict[str, Deck] = {}
+
+    def deal(self, name: str, cards: Iterable) -> Any:
+        return self.decks.setdefault(name, Deck(self.rng, cards)).deal()
 
     def choice(self, question: str, right: str, wrong: list[str], thought: str) -> Row:
-        """Multiple choice with up to four options, the right one at the letter that is dealt."""
+        """Multiple choice with up to four options, the right one at the letter that is dealt (question_rows deals anew, once
+        it is known which rows stay)."""
         wrong = [wrong[i] for i in self.rng.permutation(len(wrong))[:3].tolist()]
-        place = LETTERS.index(self.letters[len(wrong) + 1].deal())
-        options = [*wrong[:place], right, *wrong[place:]]
-        listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
-        return row(question, LETTERS[place], "multiple choice", thought) | {"options": listed}
+        listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, [right, *wrong])]
+        made = row(question, "A", "multiple choice", thought) | {"options": listed}
+        return at_letter(made, self.letters[len(listed)].deal())
 
     def other_names(self, scene: Scene, n: int) -> list[str]:
         """n names that are not in the scene, drawn as the scene's own are."""
@@ -55,6 +68,22 @@ class Asker:
 def row(question: str, answer: str, problem_type: str, thought: str) -> Row:
     shown = f"<think>{thought}</think><answer>{answer}</answer>"
     return {"problem": question, "answer": answer, "problem_type": problem_type, "offline_output": shown}
+
+
+def option_texts(made: Row) -> dict[str, str]:
+    """Letter -> text of a row's options; empty without options."""
+    return dict(option.split(". ", 1) for option in made.get("options", ()))
+
+
+def at_letter(made: Row, letter: str) -> Row:
+    """The multiple-choice row with its right option at that letter, the wrong ones in the order they had."""
+    texts = option_texts(made)
+    right = texts.pop(made["answer"])
+    mixed = list(texts.values())
+    mixed.insert(LETTERS.index(letter), right)
+    shown = made["offline_output"].removesuffix(f"<answer>{made['answer']}</answer>") + f"<answer>{letter}</answer>"
+    listed = [f"{place}. {text}" for place, text in zip(LETTERS, mixed)]
+    return made | {"answer": letter, "options": listed, "offline_output": shown}
 
 
 def boolean(question: str, truth: bool, thought: str) -> Row:
@@ -94,7 +123,7 @@ def _move(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     wrong = [thing.name for thing in scene.things[1:]]
     wrong += ask.other_names(scene, 3 - len(wrong))
     others = [d for d in DIRECTIONS if d != direction]
-    claimed = direction if ask.sides.deal() else str(ask.rng.choice(others))
+    claimed = ask.deal(f"claimed {direction}", [direction] * len(others) + others)  # every claim as often true as false
     return [
         ("direction", ask.choice(f"Which way does the {first.name} move?", direction, others, seen)),
         ("mover", ask.choice("Which shape moves?", first.name, wrong, seen)),
@@ -106,7 +135,7 @@ def _speed(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     fast, slow = scene.things
     seen = f"Both move {scene.facts['direction']}. The {fast.name} covers a long way and the {slow.name} a short way, "
     seen += f"so the {fast.name} is faster."
-    a, b = (fast, slow) if ask.sides.deal() else (slow, fast)
+    a, b = (fast, slow) if ask.deal("compare speed", (True, False)) else (slow, fast)
     return [
         ("faster", ask.choice("Which shape moves faster?", fast.name, [slow.name, *ask.other_names(scene, 2)], seen)),
         ("compare speed", boolean(f"Does the {a.name} move faster than the {b.name}?", a is fast, seen)),
@@ -120,7 +149,7 @@ def _order(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     word = ("first", "second", "last")[which]
     wrong = [name for name in names if name != names[which]] + ask.other_names(scene, 1)
     i, j = ask.rng.permutation(3)[:2].tolist()
-    if (i < j) != ask.sides.deal():
+    if (i < j) != ask.deal("before", (True, False)):
         i, j = j, i
     question = f"Does the {names[i]} appear before the {names[j]}?"
     return [
@@ -148,13 +177,14 @@ def _count(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     total, end = scene.facts["all"], scene.facts["end"]
     seen = f"There {'is' if total == 1 else 'are'} {listing([thing.name for thing in coming])}. That makes {total}."
     left = f" {NUMBERS[len(gone)].capitalize()} of them {'goes' if len(gone) == 1 else 'go'} away: {total} - {len(gone)} = {end}."
-    some = int(ask.rng.integers(1, 5))
+    some = ask.deal(f"more than, of {total}", THRESHOLDS[total])
     compared = f"{seen} {total} is {'more' if total > some else 'not more'} than {some}."
+    at_end = [("count end", row("How many shapes are there at the end?", str(end), "numerical", seen + left))]
     return [
         ("count all", row("How many different shapes appear in all?", str(total), "numerical", seen)),
-        ("count end", row("How many shapes are there at the end?", str(end), "numerical", seen + left)),
+        *(at_end if total > 1 else []),  # one alone stays: asked about it, "1" would be the most frequent answer
         ("more than", boolean(f"Do more than {NUMBERS[some]} shapes appear in all?", total > some, compared)),
-    ]  # fmt: skip
+    ]
 
 
 def _hide(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
@@ -179,11 +209,12 @@ def _change(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     last = first.later_colour or first.colour
     what = f"turns {last}" if scene.facts["changes"] else f"stays {last}"
     seen = f"The {first.name} {what}. The {second.name} stays as it is."
-    wrong = [c for c in COLOURS if c not in (last, first.colour)]
-    mixed = [wrong[i] for i in ask.rng.permutation(len(wrong)).tolist()]
-    wrong = ([first.colour] if first.colour != last else []) + mixed
+    # Any option could be that shape's colour, and those that are seen in the scene are among them in either case.
+    wrong = [second.colour] + ([first.colour] if first.colour != last else [])
+    known = [c for c in COLOURS if c not in (last, *wrong) and (ask.unseen or (c, first.shape) not in HELD_OUT)]
+    wrong += [known[i] for i in ask.rng.permutation(len(known))[: 3 - len(wrong)].tolist()]
     return [
-        ("end colour", ask.choice(f"What colour is the {first.colour} {first.shape} at the end?", last, wrong[:3], seen)),
+        ("end colour", ask.choice(f"What colour is the {first.shape} at the end?", last, wrong, seen)),
         ("changes", boolean("Does any shape change its colour?", scene.facts["changes"], seen)),
     ]  # fmt: skip
 
@@ -193,16 +224,18 @@ def _bump(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     one, other = f"The {first.name}", f"The {second.name}"
     story = {
         "hit": f"{one} moves until it touches the {second.name}. {other} moves away then, so it was hit.",
+        "stands": f"{one} moves until it touches the {second.name}. {other} does not move.",
         "alone": f"{one} stops before it touches the {second.name}. {other} moves away all the same, so it moves by itself.",
         "none": f"{one} stops before it touches the {second.name}. {other} does not move.",
     }
-    answers = {"hit": f"the {first.name} hits it", "alone": "it moves by itself", "none": "it does not move"}
+    hit, alone, stays = f"the {first.name} hits it", "it moves by itself", "it does not move"
+    right = {"hit": hit, "alone": alone}.get(cause, stays)
+    wrong = [text for text in (hit, alone, stays) if text != right]
     seen = story[cause]
-    wrong = [text for name, text in answers.items() if name != cause]
     return [
-        ("cause", ask.choice(f"Why does the {second.name} move?", answers[cause], wrong, seen)),
-        ("touches", boolean(f"Does the {first.name} touch the {second.name}?", cause == "hit", seen)),
-        ("moves after", boolean(f"Does the {second.name} move?", cause != "none", seen)),
+        ("cause", ask.choice(f"Why does the {second.name} move?", right, wrong, seen)),
+        ("touches", boolean(f"Does the {first.name} touch the {second.name}?", cause in ("hit", "stands"), seen)),
+        ("moves after", boolean(f"Does the {second.name} move?", cause in ("hit", "alone"), seen)),
     ]  # fmt: skip
 
 
@@ -212,7 +245,8 @@ def _still(scene: Scene, ask: Asker) -> list[tuple[str, Row]]:
     names = [thing.name for thing in scene.things]
     left = min(scene.things, key=lambda thing: thing.at(0)[0])
     absent = ask.other_names(scene, 1)[0]
-    asked, there = (str(ask.rng.choice(names)), True) if ask.sides.deal() else (absent, False)
+    there = ask.deal("present", (True, False))
+    asked = str(ask.rng.choice(names)) if there else absent
     others = [name for name in names if name != left.name]
     leftmost = f"{seen} The {left.name} is farthest to the left."
     return [
@@ -276,6 +310,7 @@ def caption(scene: Scene) -> str:
             first, second = things
             ends = {
                 "hit": f"hits the {second.name}, which moves away",
+                "stands": f"touches the {second.name}, which stays",
                 "none": f"stops before the {second.name}, which stays",
             }
             ends["alone"] = f"stops before the {second.name}, which moves away by itself"
@@ -292,15 +327,79 @@ def _media(scene: Scene) -> Row:
     return {"data_type": kind, key: [scene.file], "blind": scene.blind_file}
 
 
+def unnamed(text: str) -> str:
+    """The text with its names taken out: "Is there a red ring?" -> "Is there thing?", "blue" -> "colour"."""
+    return COLOUR.sub("colour", NAME.sub("thing", text))
+
+
+def answer_text(made: Row) -> str:
+    """The answer without names; of multiple choice the right option's text instead of its letter."""
+    return unnamed(option_texts(made).get(made["answer"], made["answer"]))
+
+
+def fixed_answers(made: Row) -> tuple[str, ...]:
+    """The answers, without names, that the row's question can have: Yes and No, or options that differ without their names.
+    Empty where they are open."""
+    if made["problem_type"] == "boolean":
+        return ("No", "Yes")
+    texts = {unnamed(text) for text in option_texts(made).values()}
+    return tuple(sorted(texts)) if len(texts) == len(made.get("options", ())) else ()
+
+
+def interleaved(lists: list[list], rng: np.random.Generator) -> list:
+    """One list of all of them, in a random order that keeps the order of each."""
+    turns = [n for n, listed in enumerate(lists) for _ in listed]
+    taken = [iter(listed) for listed in lists]
+    return [next(taken[turns[i]]) for i in rng.permutation(len(turns)).tolist()]
+
+
+def balanced(rows: list[Row], rng: np.random.Generator) -> list[Row]:
+    """The rows in a random order, without those that make an answer of a wording more frequent than another one.
+
+    A wording is a question without names. The rows of a wording are put together at random, one of each fixed answer; what is
+    left over goes, but for one incomplete set per template. Sets stay together: answers are equally frequent (one more or
+    less) over a template, over each of its wordings, and up to any place in the order that is returned.
+    """
+    templates: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for i in rng.permutation(len(rows)).tolist():
+        templates[rows[i]["data_source"]][unnamed(rows[i]["problem"])].append(rows[i])
+    order: list[list[Row]] = []
+    for wordings in templates.values():
+        sets, parts = [], []
+        for listed in wordings.values():
+            answers = fixed_answers(listed[0])
+            stacks = [[made for made in listed if answer_text(made) == answer] for answer in answers] or [listed]
+            whole = min(map(len, stacks))
+            sets.append(list(zip(*stacks)))
+            parts += [[stack[whole] for stack in stacks if len(stack) > whole]] if answers else []
+        chosen = interleaved(sets, rng) + [part for part in parts if part][:1]
+        order.append([group[i] for group in chosen for i in rng.permutation(len(group)).tolist()])
+    return interleaved(order, rng)
+
+
+def deal_letters(rows: list[Row]) -> list[Row]:
+    """The rows, the right options of multiple choice at letters dealt evenly over all, over each template, each of its wordings
+    and each fixed answer (one more or less): round after round through the letters, over rows sorted by these. Within
+    them the order stays, so that the first of a template have them nearly evenly, too."""
+    chosen = [i for i, made in enumerate(rows) if "options" in made]
+    chosen.sort(key=lambda i: (rows[i]["data_source"], unnamed(rows[i]["problem"]), answer_text(rows[i])))
+    dealt, turns = list(rows), dict.fromkeys(range(2, len(LETTERS) + 1), 0)
+    for i in chosen:
+        n = len(rows[i]["options"])
+        dealt[i] = at_letter(rows[i], LETTERS[turns[n] % n])
+        turns[n] += 1
+    return dealt
+
+
 def question_rows(seed: int, split: str, scenes: list[Scene]) -> list[Row]:
-    """All questions about the scenes, in a random order."""
+    """The questions about the scenes, balanced, in a random order."""
     ask = Asker(seed, split, {"train": 0, "heldout": 1, "unseen": 2}[split])
     rows = [
         found | _media(scene) | {"data_source": f"real/{template.replace(' ', '_')}"}
         for scene in scenes
         for template, found in ASK[scene.kind](scene, ask)
     ]
-    rows = [rows[i] for i in ask.rng.permutation(len(rows)).tolist()]
+    rows = deal_letters(balanced(rows, ask.rng))
     return [{"problem_id": f"{split}-{i:05d}", **found} for i, found in enumerate(rows)]
 
 

@@ -111,10 +111,16 @@ class SceneMaker:
     def deal(self, name: str, cards) -> Any:
         return self.decks.setdefault(name, Deck(self.rng, cards)).deal()
 
+    def shows(self, colour: str, shape: str) -> bool:
+        """Whether this split may show that pair."""
+        return ((colour, shape) in HELD_OUT) == (self.split == "unseen")
+
+    def pick(self, allowed: list[str]) -> str:
+        return allowed[int(self.rng.integers(len(allowed)))]
+
     def shape_for(self, colour: str) -> str:
         """A shape that this split may show in that colour."""
-        allowed = [shape for shape in SHAPES if ((colour, shape) in HELD_OUT) == (self.split == "unseen")]
-        return allowed[int(self.rng.integers(len(allowed)))]
+        return self.pick([shape for shape in SHAPES if self.shows(colour, shape)])
 
     def names(self, n: int, first: str | None = None) -> list[tuple[str, str]]:
         """n (colour, shape) of different colours; the first colour from a deck unless given."""
@@ -183,16 +189,20 @@ class SceneMaker:
     def _span(self, duration_s: float):
         """One thing is there for a part of the clip, another one all the time."""
         remains = self.deal("remains", (True, False))
-        length_s = half_seconds(self.rng, 1.0, duration_s / 2)
-        from_s = duration_s - length_s if remains else half_seconds(self.rng, 0.0, duration_s - length_s - 1.0)
+        # From half a second to nearly all of it, a length half as often as one of half its size: were all equally frequent, one
+        # long interval would be a good answer to everything. At 2 frames per second every half second is seen once.
+        shares = 1 / np.arange(1, round(2 * duration_s))
+        length_s = (1 + int(self.rng.choice(len(shares), p=shares / shares.sum()))) / 2
+        from_s = duration_s - length_s if remains else half_seconds(self.rng, 0.0, duration_s - length_s - 0.5)
         first, second = self.names(2)
         a, b = self.cells(2)
         return [still(first, a, from_s, from_s + length_s), still(second, b, 0.0, duration_s)], {"remains": remains}
 
     def _count(self, duration_s: float):
-        """n things in all, each from its own moment on; some leave again, at least one stays."""
+        """n things in all, each from its own moment on; in half of the scenes some of several leave again, at least one
+        stays."""
         n = self.deal("count", range(1, MAX_COUNT + 1))
-        left = int(self.rng.integers(0, n))
+        left = self.deal(f"left of {n}", [*range(1, n), *[0] * max(1, n - 1)])
         things = []
         for i, (named, place) in enumerate(zip(self.names(n), self.cells(n))):
             from_s = half_seconds(self.rng, 0.0, duration_s - 2.0) if i else 0.0
@@ -202,8 +212,8 @@ class SceneMaker:
 
     def _hide(self, duration_s: float):
         """A thing goes behind a wall from one side: it comes out on the other, comes back, or stays there."""
-        end = self.deal("hide end", ("out", "back", "behind"))
-        from_left = self.deal("from left", (True, False))
+        ends = ("out", "back", "behind", "behind")  # seen again at the end: as often as not
+        end, from_left = self.deal("hide", [(end, from_left) for end in ends for from_left in (True, False)])
         y = float(self.rng.uniform(0.35, 0.65))
         start, far = (0.14, 0.86) if from_left else (0.86, 0.14)
         middle = 0.4 * duration_s
@@ -215,29 +225,39 @@ class SceneMaker:
         return [thing], {"end": end, "where": where, "from": side[from_left]}, (0.32, 0.12, 0.68, 0.88)
 
     def _change(self, duration_s: float):
-        """A thing changes its colour in the middle, or does not; another one stays as it is."""
+        """A thing changes its colour in the middle, or does not; another one, of another shape, stays as it is."""
         changes = self.deal("changes", (True, False))
-        first, second, third = self.names(3)
-        place, other = self.cells(2)
+        shape, colour, later, other = self._colours_of_one_shape()
+        place, elsewhere = self.cells(2)
         change_s = half_seconds(self.rng, duration_s / 2 - 0.5, duration_s / 2 + 0.5)
-        new = {"later_colour": third[0], "change_s": change_s} if changes else {}
-        if changes and self.split != "unseen":  # the new colour must not make a held-out pair
-            shape = next(s for s in SHAPES if not {(first[0], s), (third[0], s)} & HELD_OUT)
-            allowed = [s for s in SHAPES if not {(first[0], s), (third[0], s)} & HELD_OUT]
-            shape = allowed[int(self.rng.integers(len(allowed)))]
-            first = (first[0], shape)
-        thing = Thing(*first, ((0.0, *place),), 0.0, duration_s, **new)
-        return [thing, still(second, other, 0.0, duration_s)], {"changes": changes}
+        new = {"later_colour": later, "change_s": change_s} if changes else {}
+        thing = Thing(colour, shape, ((0.0, *place),), 0.0, duration_s, **new)
+        second = (other, self.pick([s for s in SHAPES if s != shape and self.shows(other, s)]))
+        return [thing, still(second, elsewhere, 0.0, duration_s)], {"changes": changes}
+
+    def _colours_of_one_shape(self) -> tuple[str, str, str, str]:
+        """(shape, its colour, a later one, another thing's): any of the three could be that shape's, so that a question about
+        the shape does not tell them apart. In "unseen" a shape has one colour or two, so the other two are any that are
+        not its own; the other thing's has another shape."""
+        if self.split == "unseen":
+            colour = self.deal("colour", COLOURS)
+            shape = self.shape_for(colour)
+            other = self.pick([c for c in COLOURS if not self.shows(c, shape)])
+            return shape, colour, self.pick([c for c in COLOURS if c not in (colour, other)]), other
+        shape = self.deal("recoloured", SHAPES)
+        colours = [c for c in COLOURS if self.shows(c, shape)]
+        colour, later, other = (colours[i] for i in self.rng.permutation(len(colours))[:3].tolist())
+        return shape, colour, later, other
 
     def _bump(self, duration_s: float):
-        """The first thing moves towards the second: hits it and sets it going, stops short of it while it goes off by
-        itself, or stops short and nothing follows."""
-        cause = self.deal("cause", ("hit", "alone", "none"))
+        """The first thing moves towards the second: touches it or stops short of it, and the second moves or does not, each
+        as often as not whatever the other is."""
+        cause = self.deal("cause", ("hit", "stands", "alone", "none"))
         to_right = self.deal("to right", (True, False))
         y = float(self.rng.uniform(0.3, 0.7))
         flip = (lambda x: x) if to_right else (lambda x: 1 - x)
         hit_s = half_seconds(self.rng, 1.5, duration_s - 2.0)
-        reach = 0.32 if cause == "hit" else 0.25
+        reach = 0.32 if cause in ("hit", "stands") else 0.25
         first, second = self.names(2)
         mover = ((0.0, flip(0.12), y), (hit_s, flip(reach), y))
         rest = (flip(0.56), y)
