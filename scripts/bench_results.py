@@ -50,6 +50,10 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--recipe_frames", choices=("float", "uint8"), default="float", help="what a and b give vLLM")
     parser.add_argument("--load_workers", type=int, default=None, help="threads that read prompts; default 4")
     parser.add_argument(
+        "--packed_kept_layers", type=int, default=None,
+        help="decoder layers that the packed variants keep, instead of --kept_layers: rows and groups with the same memory",
+    )  # fmt: skip
+    parser.add_argument(
         "--train_args", default="", help="further flags of train/main.py for all variants, as one string: '--fused'"
     )
     parser.add_argument(
@@ -107,7 +111,7 @@ def response_lengths(spec: str, prompts: int, group_size: int, cap: int, seed: l
 def settings_of(flags: Namespace) -> dict:
     """What two commands must share for their steps to go into one file."""
     kept = ("size", "workload", "frames", "prompts", "group_size", "response_tokens", "max_response_tokens", "clips",
-            "once_rows", "train_args")  # fmt: skip
+            "once_rows", "train_args", "packed_kept_layers")  # fmt: skip
     return {name: getattr(flags, name) for name in kept} | {"ranks": int(os.environ.get("WORLD_SIZE", "1"))}
 
 

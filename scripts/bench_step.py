@@ -200,7 +200,7 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
         plan = plan_layout(bench, variant, batch, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with layout_of(policy, variant):
+    with layout_of(policy, variant, bench.flags, args):
         if variant.old_pass:
             with phase(bench, "old_logprobs"):
                 batch.old_logprobs = all_logprobs(policy, batch, plan, args)
@@ -254,9 +254,14 @@ def abs_log_ratio(metrics) -> float:
 
 
 @contextmanager
-def layout_of(policy, variant: Variant):
+def layout_of(policy, variant: Variant, flags: Namespace, args: Namespace):
     """Variant d: each micro-batch is one group's rows, and only the first carries patches; the others repeat its
-    features."""
+    features. Packed variants keep their own number of layers."""
+    if variant.layout == "packed" and flags.packed_kept_layers is not None:
+        keep_layers(policy, flags.packed_kept_layers)
+        yield
+        keep_layers(policy, args.kept_layers)
+        return
     if variant.layout != "once":
         yield
         return
@@ -276,6 +281,13 @@ def layout_of(policy, variant: Variant):
         yield
     finally:
         del packed.visual_features, packed.forward
+
+
+def keep_layers(policy, kept: int) -> None:
+    """As --kept_layers does at the start, for what runs from now on."""
+    layers = policy.packed.hf.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < len(layers) - kept
 
 
 def sample(bench: Bench, asked: list, prompts: list, lengths: list[list[int]], step: int) -> list:

@@ -7,10 +7,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from scripts.bench_inputs import VARIANTS
 from scripts.bench_results import open_results, parse_flags, response_lengths, summarise
+from scripts.bench_step import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,3 +88,14 @@ def test_one_step_of_every_kind_of_dataflow(tmp_path):
         b["seconds"]["update"] / g["seconds"]["update"]
     )
     assert "times b" in done.stdout
+
+
+def test_packed_variants_keep_their_own_layers_and_rows_the_others():
+    layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]  # --kept_layers 2
+    inner = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(layers=layers)))
+    policy = SimpleNamespace(packed=SimpleNamespace(hf=inner))
+    flags, args = SimpleNamespace(packed_kept_layers=1), SimpleNamespace(kept_layers=2)
+    for name, kept in (("b", 2), ("g", 1), ("a", 2), ("e", 1)):
+        with layout_of(policy, VARIANTS[name], flags, args):
+            assert [layer.gradient_checkpointing for layer in layers] == [True] * (5 - kept) + [False] * kept
+        assert [layer.gradient_checkpointing for layer in layers] == [True] * 3 + [False] * 2
