@@ -43,7 +43,11 @@ MARGIN_S = 12.0  # between the end of a stage and the end of the budget
 STEP_PACKAGES = ("vllm", "deepspeed", "av", "decord", "qwen_vl_utils", "xxhash")
 RUN_PACKAGES = ("pytest", "vllm", "deepspeed", "av", "xxhash", "rich", "math_verify", "nltk", "jiwer", "resvg_py", "html5lib")
 # What fits beside the states, for all variants alike.
-TRAIN_ARGS = {"2b": "--kept_layers 28 --fused", "4b": "--kept_layers 12 --fused", "8b": "--kv_cache_gib 14 --fused"}
+TRAIN_ARGS = {
+    "2b": "--kept_layers 28 --fused",
+    "4b": "--kept_layers 16 --fused",
+    "8b": "--kept_layers 8 --kv_cache_gib 14 --fused",
+}
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,10 @@ STAGES = (
         (
             "{python} scripts/bench_models.py --size 2b --work_dir {work}",
             "{python} scripts/bench_evaluate.py --model {work}/qwen3_vl_2b_bf16 --cached --frames 128 --seconds 16 "
-            "--size 1280x720 --pixels 100352 --clips 32 --questions 3 --ways loop pipeline --rounds 1 --response_tokens 256 "
+            "--size 1280x720 --pixels 100352 --clips 64 --questions 3 --ways pipeline loop --rounds 1 --response_tokens 256 "
             "--max_num_seqs 96 --max_model_len 20000 --dtype bfloat16 --kv_cache_gib 70 --output {out}/evaluate-2b.json",
         ),
-        240, 540, "evaluate-2b.json", memory_gib=100, packages=("vllm", "av", "xxhash"),
+        330, 540, "evaluate-2b.json", memory_gib=100, packages=("vllm", "av", "xxhash"),
     ),
     Stage(
         "real-model", "a real language model learns to watch video (GGUF=... names its file), three seeds of RL",
