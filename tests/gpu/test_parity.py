@@ -45,16 +45,27 @@ def finish(process: subprocess.Popen, out: Path, timeout_s: float = 400) -> dict
     return json.loads(out.read_text())
 
 
+def asked_for(items) -> set[str]:
+    """Names of the cases that the selected tests are about."""
+    here = [item for item in items if item.path == Path(__file__)]
+    return {item.callspec.params["name"] if hasattr(item, "callspec") else "qwen3_vl" for item in here}
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory, media_folder):
-    """name -> what parity_run.py saw: several at once, one that takes long, and the one whose memory is measured alone."""
-    folder, found = tmp_path_factory.mktemp("parity"), {}
+def seen(request, tmp_path_factory, media_folder):
+    """name -> what parity_run.py saw: several at once, one that takes long, and the one whose memory is measured alone.
+    Only those that a selected test asks for."""
+    folder, found, asked = tmp_path_factory.mktemp("parity"), {}, asked_for(request.session.items)
     for cases in (TOGETHER, LATER):
         running = {}
         for name, case in cases.items():
+            if name not in asked:
+                continue
             out = folder / f"{name.replace(' ', '_')}.json"
             running[name] = (start(*case, media_folder, out), out)
         found |= {name: finish(process, out) for name, (process, out) in running.items()}
+    if "qwen3_vl" not in asked:
+        return found
     out = folder / "alone.json"
     return found | {"qwen3_vl": finish(start(*ALONE, media_folder, out), out)}
 
