@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rollout.vllm_scheduler import decode_quickly
+
 OLDEST, NEWEST = (0, 26), (0, 32)
 # gpu_memory_utilization where the KV cache's size is given: it decides nothing, but vLLM refuses to start where as much is
 # not free.
@@ -94,7 +96,7 @@ def check_arguments(names: Iterable[str]) -> None:
 def build_llm(**arguments: Any):
     """A vllm.LLM. Arguments that this version does not know raise TypeError, as vLLM itself does."""
     prepare_environment()
-    installed_version()
+    found = installed_version()
     threads = torch.get_num_threads()
     from vllm import LLM
 
@@ -103,6 +105,7 @@ def build_llm(**arguments: Any):
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
     hold_tokens(llm.llm_engine.output_processor)
+    decode_quickly(llm, found)
     return llm
 
 
