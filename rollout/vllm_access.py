@@ -105,7 +105,7 @@ def build_llm(**arguments: Any):
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
     hold_tokens(llm.llm_engine.output_processor)
-    decode_quickly(llm, found)
+    decode_quickly(llm.llm_engine.engine_core.engine_core.scheduler, found)
     return llm
 
 

@@ -24,7 +24,7 @@ KNOWN = ((0, 26), (0, 32))  # versions whose scheduler was compared line by line
 class Decoding:
     """What is kept of a response from its second token on, beside vLLM's Request."""
 
-    __slots__ = ("request", "token_ids", "all_ids", "ends", "longest", "start", "logprobs", "ranks")
+    __slots__ = ("all_ids", "ends", "logprobs", "longest", "ranks", "request", "start", "token_ids")
 
     def __init__(self, request, max_model_len: int):
         params = request.sampling_params
@@ -98,9 +98,8 @@ def is_plain(scheduler, version: tuple[int, ...]) -> bool:
     )
 
 
-def decode_quickly(llm, version: tuple[int, ...]) -> bool:
-    """Replace the two methods of this engine's scheduler -> whether that was done; where not, all is left to vLLM."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+def decode_quickly(scheduler, version: tuple[int, ...]) -> bool:
+    """Replace the two methods of an engine's scheduler -> whether that was done; where not, all is left to vLLM."""
     if not is_plain(scheduler, version):
         return False
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -193,7 +192,7 @@ def decode_quickly(llm, version: tuple[int, ...]) -> bool:
         output.total_num_scheduled_tokens += count
         if not scheduler.use_v2_model_runner:
             scheduler.prev_step_scheduled_req_ids.update(names)
-        if hasattr(output, "num_common_prefix_blocks"):
+        if getattr(output, "num_common_prefix_blocks", None):  # later versions do not use it
             output.num_common_prefix_blocks = manager.get_num_common_prefix_blocks(front[0].request_id)
         output.chosen = chosen
         return output
