@@ -226,6 +226,7 @@ class RolloutEngine:
             logit_bias=dict.fromkeys(self.encoder.visual_token_ids, NEVER),
             logprobs=0,
             seed=None if greedy else seed,
+            skip_clone=True,  # made for this request alone
         )
 
     def _request_seed(self, prompt: Prompt, step: int, salt: str) -> int | None:

