@@ -66,6 +66,7 @@ class RolloutEngine:
         limit_media: dict[str, int] | None = None,
         trust_remote_code: bool = False,
         engine_args: dict[str, Any] | None = None,
+        quick_decode: bool = False,
     ):
         if rollout_seed not in ("request", "engine"):
             raise ValueError(f"--rollout_seed must be request or engine, got {rollout_seed!r}")
@@ -130,7 +131,7 @@ class RolloutEngine:
         remove_shared_memory()  # of a run that was killed
         if engine_args:
             vllm_access.check_arguments(engine_args)
-        self.llm = vllm_access.build_llm(**{**arguments, **(engine_args or {})})
+        self.llm = vllm_access.build_llm(quick_decode=quick_decode, **{**arguments, **(engine_args or {})})
         remove_shared_memory()  # all ranks have it; nothing is left at the end
         self.inputs = EngineInputs(self.llm, encoder)
         self._detokenizer = vllm_access.Detokenizer(encoder.tokenizer)

@@ -94,8 +94,11 @@ def check_arguments(names: Iterable[str]) -> None:
             raise ValueError(f"--vllm_args: vllm.LLM {found} has no argument {name}{meant}")
 
 
-def build_llm(**arguments: Any):
-    """A vllm.LLM. Arguments that this version does not know raise TypeError, as vLLM itself does."""
+def build_llm(*, quick_decode: bool = False, **arguments: Any):
+    """A vllm.LLM. Arguments that this version does not know raise TypeError, as vLLM itself does.
+
+    quick_decode: rollout/vllm_scheduler.py's loops, with a warning where they cannot be used.
+    """
     prepare_environment()
     found = installed_version()
     threads = torch.get_num_threads()
@@ -106,7 +109,8 @@ def build_llm(**arguments: Any):
         # vLLM's CPU worker takes the thread count for itself and replaces torch.set_num_threads by a warning.
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
     hold_tokens(llm.llm_engine.output_processor)
-    decode_quickly(llm.llm_engine.engine_core.engine_core.scheduler, found)
+    if quick_decode and not decode_quickly(llm.llm_engine.engine_core.engine_core.scheduler, found):
+        warnings.warn("--quick_decode: vLLM's own scheduler does all the work, with this version or model", stacklevel=2)
     return llm
 
 

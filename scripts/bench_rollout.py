@@ -57,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     engine.add_argument("--rollout_seed", choices=("request", "engine"), default="request")
     engine.add_argument("--max_num_seqs", type=int, default=512, help="responses decoded at once")
+    engine.add_argument("--quick_decode", action="store_true", help="as train/main.py's flag")
     engine.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     output = parser.add_argument_group("output")
     output.add_argument("--rounds", type=int, default=3, help="measured rollouts of each kind, after one that warms up")
@@ -219,6 +220,7 @@ def main() -> None:
             rollout_seed=args.rollout_seed,
             seed=3,
             kv_cache_gib=0.5,
+            quick_decode=args.quick_decode,
         )
         results = {}
         for kind in args.lengths:

@@ -191,6 +191,12 @@ def _rollout_flags(group) -> None:
         "--sleep_level", type=int, choices=(0, 1, 2), default=2, help="2 drops vLLM's weights while training"
     )
     group.add_argument(
+        "--quick_decode",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="schedule responses that are only being decoded in two short loops: the same results, for many short responses",
+    )
+    group.add_argument(
         "--vllm_args", default=None, help='further arguments of vllm.LLM as JSON, such as \'{"block_size": 128}\''
     )
 

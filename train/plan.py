@@ -312,6 +312,7 @@ def build_engine(args, encoder, device):
         sleep_level=args.sleep_level,
         trust_remote_code=args.trust_remote_code,
         engine_args=json.loads(args.vllm_args or "{}"),
+        quick_decode=args.quick_decode,
     )
 
 

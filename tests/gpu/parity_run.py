@@ -136,8 +136,8 @@ def main() -> None:
     turn = Path(out).parent
     with alone(turn):
         engine = RolloutEngine(
-            model_dir, encoder=encoder, dtype="bf16" if cuda or encoder.family == "qwen3_5" else "fp32", max_model_len=1024, max_num_seqs=16,
-            kv_cache_gib=2.0 if cuda else 0.0625, enforce_eager=True, seed=3,
+            model_dir, encoder=encoder, dtype="bf16" if cuda or encoder.family == "qwen3_5" else "fp32",
+            max_model_len=1024, max_num_seqs=16, kv_cache_gib=2.0 if cuda else 0.0625, enforce_eager=True, seed=3,
         )  # fmt: skip
     engine.sync(policy.named_tensors())
     first = {name: tensor.cpu() for name, tensor in policy.named_tensors()}

@@ -12,7 +12,7 @@ import pytest
 
 from rollout import vllm_access
 from rollout.vllm_scheduler import decode_quickly
-from tests.rollout.test_parity import make_engine
+from tests.rollout.test_parity import MIXES, make_engine, make_sample
 
 END, BLOCK = 7, 4
 
@@ -192,3 +192,24 @@ def test_steps_are_those_of_vllms_scheduler(core, ahead, newer_runner, blocks):
     for name, (tokens, logprobs, ranks, _) in ended.items():
         assert list(zip(tokens, logprobs, ranks)) == [draw(name, place) for place in range(len(tokens))]
         assert (tokens[-1] == END) or len(tokens) == 3 + 7 * int(name[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_real_rollouts_are_the_same(tiny, media_folder, family):
+    """Every mix of media, 4 responses each, more than run at once; some end by themselves, most at their limit."""
+    found = []
+    for quickly in (False, True):
+        encoder, engine = make_engine(tiny(family), quick_decode=quickly)
+        prompts = [encoder.encode(make_sample(media_folder, names, i)) for i, names in enumerate([*MIXES.values()] * 2)]
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 60}
+        groups = dict(engine.generate(prompts, n=4, sampling=sampling, step=1))
+        schedule = engine.llm.llm_engine.engine_core.engine_core.scheduler.schedule
+        assert (schedule.__name__ == "quick_schedule") is quickly
+        found.append({
+            index: [(r.token_ids, r.rollout_logprobs, r.finish_reason, r.text) for r in responses]
+            for index, responses in groups.items()
+        })  # fmt: skip
+        engine.close()
+    assert sorted(found[0]) == list(range(10)) and found[0] == found[1]
+    assert {reason for group in found[1].values() for _, _, reason, _ in group} >= {"length"}
