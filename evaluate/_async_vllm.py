@@ -41,13 +41,27 @@ class AsyncVllm(Engine):
         before = set(psutil.Process().children(recursive=True))
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
-        self._inputs = EngineInputs(self._llm, encoder)
-        self._texts = vllm_access.Detokenizer(encoder.tokenizer)
         vllm_access.start_processor_thread(self._llm)
         cv2.setNumThreads(1)  # of data.normalise.look_up, for the reason that render() gives for torch
         self._in_thread = threading.local()
-        # A million objects of torch, transformers and vLLM that live as long as the program: going through them took 0.4 s in
-        # which no loader worked and no request was handed over.
+        self.change_encoder(encoder)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process is gone, so that no request can be answered any more."""
+        return self._llm.errored
+
+    def change_encoder(self, encoder: Encoder) -> None:
+        """Takes the prompts of another encoder of the same model folder from now on, once all requests have ended.
+
+        Whether ours is vLLM's rendering is found out anew: the answers of a benchmark must not depend on which one was first.
+        The engine keeps its prefixes and media, which go by their content (token ids, Encoder's keys of pixels).
+        """
+        self._inputs = EngineInputs(self._llm, encoder)
+        self._texts = vllm_access.Detokenizer(encoder.tokenizer)
+        # A million objects of torch, transformers and vLLM that live as long as the engine: going through them took 0.4 s in
+        # which no loader worked and no request was handed over. What the benchmark before has left is no part of them.
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
 
