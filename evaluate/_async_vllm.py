@@ -8,6 +8,7 @@ result crosses to the engine's process once, whatever the number of questions ab
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import subprocess
 import threading
@@ -38,8 +39,9 @@ class AsyncVllm(Engine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._sampling_params, self._request_errors = SamplingParams, vllm_access.request_errors()
-        before = set(psutil.Process().children(recursive=True))
+        before, processes = set(psutil.Process().children(recursive=True)), multiprocessing.active_children()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
+        self._processes = [process for process in multiprocessing.active_children() if process not in processes]
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
         vllm_access.start_processor_thread(self._llm)
         cv2.setNumThreads(1)  # of data.normalise.look_up, for the reason that render() gives for torch
@@ -125,6 +127,10 @@ class AsyncVllm(Engine):
     def close(self) -> None:
         gc.unfreeze()
         self._llm.shutdown()
+        for (
+            process
+        ) in self._processes:  # vLLM kills one that takes its time, but does not wait for its memory to be free
+            process.join(30)
         # Its destructor must run now: at interpreter exit the modules that it calls are gone.
         del self._inputs, self._llm
         self._guard.kill()

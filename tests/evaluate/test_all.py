@@ -244,6 +244,7 @@ def test_what_a_benchmark_left_is_collected_though_the_engine_is_exempt():
 
     engine = object.__new__(AsyncVllm)
     engine._llm = SimpleNamespace(shutdown=lambda: None, errored=False)
+    engine._processes = []
     engine._guard = SimpleNamespace(kill=lambda: None, wait=lambda: None)
     encoder = SimpleNamespace(tokenizer=SimpleNamespace())
     was = gc.get_freeze_count()
@@ -390,6 +391,9 @@ def run_as_program() -> int:
 
     if os.environ.get("REAL"):
         return program.main(make_engine=real)
+    from evaluate import _models
+
+    _models.engine_args = lambda args: {}  # the same for both; the real ones need vLLM, ten seconds of imports per rank
     return program.main(make_engine=counted, make_encoder=fake_parts()[1])
 
 
