@@ -8,6 +8,7 @@ result crosses to the engine's process once, whatever the number of questions ab
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import subprocess
 import threading
@@ -38,16 +39,31 @@ class AsyncVllm(Engine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._sampling_params, self._request_errors = SamplingParams, vllm_access.request_errors()
-        before = set(psutil.Process().children(recursive=True))
+        before, processes = set(psutil.Process().children(recursive=True)), multiprocessing.active_children()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
+        self._processes = [process for process in multiprocessing.active_children() if process not in processes]
         self._guard = end_with_me([p.pid for p in psutil.Process().children(recursive=True) if p not in before])
-        self._inputs = EngineInputs(self._llm, encoder)
-        self._texts = vllm_access.Detokenizer(encoder.tokenizer)
         vllm_access.start_processor_thread(self._llm)
         cv2.setNumThreads(1)  # of data.normalise.look_up, for the reason that render() gives for torch
         self._in_thread = threading.local()
-        # A million objects of torch, transformers and vLLM that live as long as the program: going through them took 0.4 s in
-        # which no loader worked and no request was handed over.
+        self.change_encoder(encoder)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process is gone, so that no request can be answered any more."""
+        return self._llm.errored
+
+    def change_encoder(self, encoder: Encoder) -> None:
+        """Takes the prompts of another encoder of the same model folder from now on, once all requests have ended.
+
+        Whether ours is vLLM's rendering is found out anew: the answers of a benchmark must not depend on which one was first.
+        The engine keeps its prefixes and media, which go by their content (token ids, Encoder's keys of pixels).
+        """
+        self._inputs = EngineInputs(self._llm, encoder)
+        self._texts = vllm_access.Detokenizer(encoder.tokenizer)
+        # A million objects of torch, transformers and vLLM that live as long as the engine: going through them took 0.4 s in
+        # which no loader worked and no request was handed over. What the benchmark before has left is no part of them.
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
 
@@ -111,6 +127,10 @@ class AsyncVllm(Engine):
     def close(self) -> None:
         gc.unfreeze()
         self._llm.shutdown()
+        for (
+            process
+        ) in self._processes:  # vLLM kills one that takes its time, but does not wait for its memory to be free
+            process.join(30)
         # Its destructor must run now: at interpreter exit the modules that it calls are gone.
         del self._inputs, self._llm
         self._guard.kill()

@@ -11,11 +11,10 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +26,7 @@ from evaluate._annotations import AnnotationError, resolve_media, unique_ids
 from evaluate._engine import Engine, run_pipeline
 from evaluate._flags import build_parser, check_args, sampling_of
 from evaluate._known_bad import mark_known_bad
+from evaluate._ranks import ends_told, launch, rank_and_world, take_gpus, wait_for_ranks
 from evaluate._scoring import FAILURES, Answer, Benchmark, score_row, summarize
 from evaluate._wording import joined
 
@@ -192,22 +192,52 @@ def dry_run(benchmark: Benchmark, args: argparse.Namespace, kept, excluded, abse
     return 0
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Rank of a torchrun or --data_parallel launch. The variables are taken away: vLLM would read them as its own."""
-    rank, world = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
-    for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
-        os.environ.pop(name, None)
-    return rank, world
+class OneEngine:
+    """Where a benchmark's answers are made: the place of this process among its ranks, an event loop, an engine in it.
+
+    Loop and engine end with the benchmark. evaluate/all.py brings a kind whose loop and engine outlive it.
+    `place`: (rank, world). `make_engine`: (args, encoder) -> Engine, evaluate._models.build_engine if left out.
+    """
+
+    def __init__(self, place: tuple[int, int], make_engine: Callable[[argparse.Namespace, Any], Engine] | None = None):
+        self.place, self._make_engine, self._gpus_taken = place, make_engine, False
+
+    def take_gpus(self, count: int) -> None:
+        """Of several ranks: leaves this process its own GPUs. Once: what is visible afterwards is no longer everyone's."""
+        if self._make_engine is None and self.place[1] > 1 and not self._gpus_taken:
+            take_gpus(self.place[0], count)
+            self._gpus_taken = True
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of a coroutine, inside which `engine` may be used."""
+        return asyncio.run(work)
+
+    @contextmanager
+    def engine(self, args: argparse.Namespace, encoder: Any) -> Iterator[Engine]:
+        engine = self.make(args, encoder)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    def make(self, args: argparse.Namespace, encoder: Any) -> Engine:
+        from evaluate._models import build_engine
+
+        return (self._make_engine or build_engine)(args, encoder)
+
+    def close(self) -> None:
+        """Ends what is still there. Called before another model is loaded, which would find no memory."""
 
 
-def take_gpus(rank: int, count: int) -> None:
-    """Leaves this process the GPUs of its rank: `count` neighbours of those visible."""
-    local = int(os.environ.pop("LOCAL_RANK", rank))
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    mine = range(local * count, (local + 1) * count)
-    if visible and len(visible) < (local + 1) * count:
-        raise AnnotationError(f"rank {rank} needs GPUs {list(mine)}, visible are {visible}")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in mine)
+def parse(benchmark: Benchmark, parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The flags, checked; `parser` (build_parser's) ends the program with a usage error for those that make no sense."""
+    args = parser.parse_args(arguments)
+    check_args(parser, args)
+    if args.prompt_template and args.prompt in benchmark.prompts:
+        parser.error(
+            f"--prompt_template replaces the project's own prompts: give --prompt direct or think, not {args.prompt}"
+        )
+    return args
 
 
 def main(
@@ -218,16 +248,17 @@ def main(
     make_encoder: Callable[..., Any] | None = None,
 ) -> int:
     """Runs a benchmark program; the exit status. Tests bring their own engine and encoder."""
-    parser = build_parser(benchmark)
-    args = parser.parse_args(arguments)
-    check_args(parser, args)
-    if args.prompt_template and args.prompt in benchmark.prompts:
-        parser.error(
-            f"--prompt_template replaces the project's own prompts: give --prompt direct or think, not {args.prompt}"
-        )
+    args = parse(benchmark, build_parser(benchmark), arguments)
     if args.data_parallel > 1 and "RANK" not in os.environ:
         return launch(args, sys.argv[1:] if arguments is None else arguments)
-    rank, world = rank_and_world()
+    return run_benchmark(benchmark, args, OneEngine(rank_and_world(), make_engine), make_encoder)
+
+
+def run_benchmark(
+    benchmark: Benchmark, args: argparse.Namespace, engines: OneEngine, make_encoder: Callable[..., Any] | None = None
+) -> int:
+    """One benchmark with the flags of parse(), as one rank; the exit status."""
+    rank, _ = engines.place
     try:
         if args.score_only and args.run_dir:
             args.limit = limit_of_run(args)
@@ -250,9 +281,7 @@ def main(
             print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
         with store.FolderLock(folder) if rank == 0 else nullcontext():
             store.read_predictions(folder)  # damage is told now, not after the answers
-            return carry_out(
-                benchmark, args, folder, (kept, excluded, prompts), (rank, world), make_engine, make_encoder
-            )
+            return carry_out(benchmark, args, folder, (kept, excluded, prompts), engines, make_encoder)
     except (AnnotationError, store.DamagedRow, BlockingIOError) as error:
         print(f"{benchmark.name}: {error}", file=sys.stderr)
         return 2
@@ -263,44 +292,44 @@ def main(
         return 2
 
 
-def carry_out(
-    benchmark: Benchmark, args, folder: Path, work: tuple, place: tuple[int, int], make_engine, make_encoder
-) -> int:
+def carry_out(benchmark: Benchmark, args, folder: Path, work: tuple, engines: OneEngine, make_encoder) -> int:
     """Answers what is missing in the run folder, then scores and reports (rank 0); the exit status."""
     kept, excluded, prompts = work
-    rank, world = place
+    rank, world = engines.place
     stats: dict[str, Any] = {}
     if not args.score_only:
         if args.retry_failed:
             done = store.read_predictions(folder)
             store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
-        stats = answer_missing(benchmark, args, folder, kept, prompts, place, make_engine, make_encoder)
+        with ends_told(folder, engines.place):
+            stats = answer_missing(benchmark, args, folder, kept, prompts, engines, make_encoder)
         if args.preprocess_only:
             return 3 if args.strict and stats["failed"] else 0
     if rank == 0 and not args.score_only:
         if world > 1:
-            wait_for_ranks(folder, {sample.id for sample in kept})
+            wait_for_ranks(folder, kept, world)
         store.merge_ranks(folder)  # with one rank: what a killed run of several left
     if rank == 0:
+        if args.judge_model and not args.judge_url and any(benchmark.judged(sample) for sample in kept):
+            engines.close()  # the judge is loaded in this process and needs the memory
         return finish(benchmark, args, folder, kept, excluded, stats)
     return 0
 
 
 def answer_missing(
-    benchmark, args, folder: Path, kept: list[Sample], prompts, place: tuple[int, int], make_engine, make_encoder
+    benchmark, args, folder: Path, kept: list[Sample], prompts, engines: OneEngine, make_encoder
 ) -> dict[str, Any]:
     """Answers what predictions*.jsonl lacks, this rank's share of the videos; statistics of the pipeline."""
-    from evaluate._models import build_encoder, build_engine, limits_of, preprocess
+    from evaluate._models import build_encoder, limits_of, preprocess
 
-    rank, world = place
+    rank, world = engines.place
     share = store.share(kept, rank, world)
     done = store.read_predictions(folder)
     todo = [sample for sample in share if sample.id not in done]
     name = "predictions.jsonl" if world == 1 else f"predictions.{rank}-of-{world}.jsonl"
     if not todo and not args.preprocess_only:
         return {}
-    if make_engine is None:
-        take_gpus(rank, args.tensor_parallel) if world > 1 else None
+    engines.take_gpus(args.tensor_parallel)
     style, template = style_and_template(benchmark, args)
     try:
         encoder, frames = (make_encoder or build_encoder)(args, style, template)
@@ -318,29 +347,29 @@ def answer_missing(
         return score_row(benchmark, sample, row, args.protocol)
 
     async def run() -> dict[str, Any]:
-        engine = (make_engine or build_engine)(args, encoder)
-        try:
-            with store.Writer(folder / name, scored) as writer, Progress(benchmark.name, len(todo), rank) as progress:
+        with (
+            engines.engine(args, encoder) as engine,
+            store.Writer(folder / name, scored) as writer,
+            Progress(benchmark.name, len(todo), rank) as progress,
+        ):
 
-                def on_row(sample: Sample, row: dict[str, Any]) -> None:
-                    writer.put(row)
-                    progress.step(row)
+            def on_row(sample: Sample, row: dict[str, Any]) -> None:
+                writer.put(row)
+                progress.step(row)
 
-                got = await run_pipeline(
-                    [prompts[sample.id] for sample in todo],
-                    encode=encoder.encode,
-                    engine=engine,
-                    sampling=sampling_of(args),
-                    limits=limits_of(args),
-                    on_row=on_row,
-                    frames=frames,
-                    watch=benchmark.watch,
-                )
-        finally:
-            engine.close()
+            got = await run_pipeline(
+                [prompts[sample.id] for sample in todo],
+                encode=encoder.encode,
+                engine=engine,
+                sampling=sampling_of(args),
+                limits=limits_of(args),
+                on_row=on_row,
+                frames=frames,
+                watch=benchmark.watch,
+            )
         return got.as_dict()
 
-    return asyncio.run(run())
+    return engines.run(run())
 
 
 class Progress:
@@ -373,31 +402,6 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def launch(args: argparse.Namespace, arguments: list[str]) -> int:
-    """--data_parallel N: N copies of this program, one per engine. Rank 0 waits for the others and reports."""
-    ranks = []
-    for rank in range(args.data_parallel):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(args.data_parallel), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen([sys.executable, sys.argv[0], *arguments], env=env))
-    statuses: dict[int, int] = {}
-    while len(statuses) < len(ranks):
-        for rank, process in enumerate(ranks):
-            if rank not in statuses and process.poll() is not None:
-                statuses[rank] = process.returncode
-                if process.returncode not in (0, 3):
-                    print(f"rank {rank} ended with {process.returncode}; run the command again to go on")
-                    for other in ranks:
-                        other.terminate()
-        time.sleep(0.2)  # between looks at child processes, whose ends no other event announces here
-    return max(abs(status) for status in statuses.values())
-
-
-def wait_for_ranks(folder: Path, ids: set[str]) -> None:
-    """Rank 0 waits until every sample has a row, whoever wrote it; a launcher stops it if another rank dies."""
-    while not ids <= store.read_predictions(folder).keys():
-        time.sleep(1)  # the ranks share nothing but the folder
 
 
 def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], excluded, stats: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ WITHOUT_TORCH = ("data.records", "data.prompts", "data.dataset", "train.report",
 WITHOUT_TORCH_ROOMS = ("rewards",)
 CATCHES_EVERYTHING = {  # file: why it may
     "rewards/sandbox_child.py": "runs a program that a model wrote; whatever it raises is its verdict",
+    "evaluate/all.py": "runs other programs, as a shell would: what ends one is told with its traceback and counted",
 }
 
 
