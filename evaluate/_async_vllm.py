@@ -127,10 +127,8 @@ class AsyncVllm(Engine):
     def close(self) -> None:
         gc.unfreeze()
         self._llm.shutdown()
-        for (
-            process
-        ) in self._processes:  # vLLM kills one that takes its time, but does not wait for its memory to be free
-            process.join(30)
+        for process in self._processes:
+            process.join(30)  # vLLM kills one that takes its time, but does not wait until its memory is free
         # Its destructor must run now: at interpreter exit the modules that it calls are gone.
         del self._inputs, self._llm
         self._guard.kill()
