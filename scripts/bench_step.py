@@ -48,6 +48,7 @@ from scripts.bench_inputs import (
     Variant,
     for_rollout,
     for_training,
+    keep_layers,
     metadata_of,
     take_prompts,
     video_flags,
@@ -281,13 +282,6 @@ def layout_of(policy, variant: Variant, flags: Namespace, args: Namespace):
         yield
     finally:
         del packed.visual_features, packed.forward
-
-
-def keep_layers(policy, kept: int) -> None:
-    """As --kept_layers does at the start, for what runs from now on."""
-    layers = policy.packed.hf.model.language_model.layers
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < len(layers) - kept
 
 
 def sample(bench: Bench, asked: list, prompts: list, lengths: list[list[int]], step: int) -> list:

@@ -69,7 +69,8 @@ class Runner:
 @pytest.fixture(scope="module")
 def core(tiny):
     _, engine = make_engine(tiny("qwen3_vl"))
-    return engine.llm.llm_engine.engine_core.engine_core
+    yield engine.llm.llm_engine.engine_core.engine_core
+    engine.close()
 
 
 def make_scheduler(core, *, ahead: bool, newer_runner: bool, blocks: int):
