@@ -134,10 +134,3 @@ def compare_inputs(bench, prompt, made: dict) -> None:
     gap = (made["pixel_values_videos"].float() - ours).abs().mean().item()
     if gap > 0.05:  # decoders may differ by a level or two in colour conversion; one level is 2 / 255 here
         raise RuntimeError(f"{prompt.sample.id}: pixel values of the two recipes differ by {gap:.3f} on average")
-
-
-def keep_layers(policy, kept: int) -> None:
-    """As --kept_layers does at the start, for what runs from now on."""
-    layers = policy.packed.hf.model.language_model.layers
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < len(layers) - kept

@@ -48,7 +48,6 @@ from scripts.bench_inputs import (
     Variant,
     for_rollout,
     for_training,
-    keep_layers,
     metadata_of,
     take_prompts,
     video_flags,
@@ -259,9 +258,11 @@ def layout_of(policy, variant: Variant, flags: Namespace, args: Namespace):
     """Variant d: each micro-batch is one group's rows, and only the first carries patches; the others repeat its
     features. Packed variants keep their own number of layers."""
     if variant.layout == "packed" and flags.packed_kept_layers is not None:
-        keep_layers(policy, flags.packed_kept_layers)
+        from train.policy import checkpoint_activations
+
+        checkpoint_activations(policy.packed.hf, flags.packed_kept_layers, args.kept_vision_layers)
         yield
-        keep_layers(policy, args.kept_layers)
+        checkpoint_activations(policy.packed.hf, args.kept_layers, args.kept_vision_layers)
         return
     if variant.layout != "once":
         yield

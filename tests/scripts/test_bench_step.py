@@ -92,9 +92,14 @@ def test_one_step_of_every_kind_of_dataflow(tmp_path):
 
 def test_packed_variants_keep_their_own_layers_and_rows_the_others():
     layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]  # --kept_layers 2
-    inner = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(layers=layers)))
-    policy = SimpleNamespace(packed=SimpleNamespace(hf=inner))
-    flags, args = SimpleNamespace(packed_kept_layers=1), SimpleNamespace(kept_layers=2)
+
+    def enable(gradient_checkpointing_kwargs):  # as transformers' does: all of them
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+    model = SimpleNamespace(language_model=SimpleNamespace(layers=layers), visual=SimpleNamespace(blocks=[]))
+    policy = SimpleNamespace(packed=SimpleNamespace(hf=SimpleNamespace(model=model, gradient_checkpointing_enable=enable)))
+    flags, args = SimpleNamespace(packed_kept_layers=1), SimpleNamespace(kept_layers=2, kept_vision_layers=0)
     for name, kept in (("b", 2), ("g", 1), ("a", 2), ("e", 1)):
         with layout_of(policy, VARIANTS[name], flags, args):
             assert [layer.gradient_checkpointing for layer in layers] == [True] * (5 - kept) + [False] * kept
