@@ -44,8 +44,9 @@ case $SIZE in
     tune=(--max_steps "${TUNE_STEPS:-100}" --prompts_per_step 128 --learning_rate 1.5e-4 --vision_learning_rate 5e-4 --merger_learning_rate 5e-4 --warmup_steps 20)
     sft=(--token_budget 32768 --no-gradient_checkpointing --validate_every 50 --save_every 0 --load_workers 4)
     # The model is so small that vLLM stays awake beside it. What it has to learn is to see: tower and merger at a higher rate.
-    # Groups without spread are skipped (exactly) instead of drawn again: one round of sampling per step.
-    rl=(--max_steps 60 --prompts_per_step 384 --group_size 8 --no-dynamic_sampling --learning_rate 3e-5 --vision_learning_rate 1.5e-4
+    # Groups without spread are skipped (exactly) instead of drawn again: one round of sampling per step. Four updates per step.
+    # Responses are short and many, so that vLLM's host work bounds the rollout: --quick_decode.
+    rl=(--max_steps 60 --prompts_per_step 384 --prompts_per_update 96 --group_size 8 --quick_decode --no-dynamic_sampling --learning_rate 3e-5 --vision_learning_rate 1.5e-4
       --merger_learning_rate 1.5e-4 --warmup_steps 5 --token_budget 20480 --no-gradient_checkpointing --validate_every 10
       --validate_limit 512 --save_every 60 --max_num_seqs 1536 --kv_cache_gib 6 --sleep_level 0 --load_workers 4)
     tokens=(--max_prompt_tokens 512 --max_response_tokens 192)
