@@ -41,10 +41,10 @@ VARLEN = ("varlen", "flash2", "flash4")  # those of two calls
 PACKAGES = {"flash2": "flash_attn.flash_attn_interface", "flash4": "flash_attn.cute.interface"}
 FLEX_BLOCK = 128
 FLEX_DYNAMIC = True  # one compilation for all lengths; False: one per length, until torch gives up compiling
-# kernel_options of FlexAttention on CUDA. Candidates, exact here but not measured yet: with lengths that are symbols torch
-# 2.11 takes no length for a multiple of 128, although all are (IS_DIVISIBLE), nor can it know that no row is empty
-# (ROWS_GUARANTEED_SAFE); scripts/bench_packed.py --flex_options compares them.
-FLEX_OPTIONS: dict[str, bool | int] | None = None
+# kernel_options of FlexAttention on CUDA. With lengths that are symbols torch 2.11 takes none for a multiple of 128, although
+# all are: padded for it. Said, an update is 5 % faster (docs/gpu_results.md). ROWS_GUARANTEED_SAFE would be 3 % more and is
+# wrong: a response's first block of keys may hold none that it sees, and the loss is nan.
+FLEX_OPTIONS: dict[str, bool | int] | None = {"IS_DIVISIBLE": True}
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
+from train import group_attention
 from train.batching import dummy_group
 from train.group_attention import (
     choose_attention,
@@ -65,7 +66,7 @@ def models():
     return get
 
 
-def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointing: bool = False):
+def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointing: bool = False, backend: str = "sdpa"):
     """-> (relative error of log-probs, of entropies, {parameter: relative error of its gradient})."""
     if checkpointing:
         packed_model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,7 +80,7 @@ def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointi
     random = torch.Generator().manual_seed(3)
     weights = torch.randn(2, len(want), generator=random, dtype=torch.float64).to(want.dtype)
     (want * weights[0] + want_entropy * weights[1]).sum().backward()
-    packed = pack([group for group, _ in cases], backend="sdpa", device=CPU, banned_ids=banned)
+    packed = pack([group for group, _ in cases], backend=backend, device=CPU, banned_ids=banned)
     got, got_entropy = packed_model(packed, temperature=temperature, entropy=True)
     (got * weights[0] + got_entropy * weights[1]).sum().backward()
 
@@ -115,6 +116,25 @@ def test_the_same_in_float64(models, family):
     assert logprobs <= 1e-10 and entropy <= 1e-10
     assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
     assert any("visual" in name for name in gradients) and any("lm_head" in name for name in gradients)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_the_same_with_the_padding_of_flex(models, family, monkeypatch):
+    """CUDA's packs end with tokens of no group, for FlexAttention, which has no backward pass on a CPU: SDPA stands in."""
+
+    def padded(q, k, v, layout, scaling):
+        real = sdpa_packed(q, k, v, layout, scaling)
+        return torch.nn.functional.pad(real, (0, 0, 0, 0, 0, layout.length - real.shape[1]))
+
+    monkeypatch.setitem(group_attention._KERNELS, "flex", padded)
+    with float64_throughout():
+        plain, packed, maker = models(family, torch.float64)
+        cases = [maker.group(*case) for case in PACKS["mixed"]]
+        real = pack([group for group, _ in cases], backend="sdpa", device=CPU).layout.length
+        assert pack([group for group, _ in cases], backend="flex", device=CPU).layout.length > real
+        logprobs, entropy, gradients = compare(plain, packed, cases, backend="flex")
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
 
 
 def test_tied_embeddings_and_checkpointing(models):
