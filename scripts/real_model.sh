@@ -28,7 +28,7 @@ visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | sed -n 's
 IFS=, read -ra gpus <<< "$visible"
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
 RL_SECONDS=${RL_SECONDS:-}
-[[ $LIMIT_S =~ ^[0-9]+$ ]] || { echo "LIMIT_S must be whole seconds, 0 for no limit; got '$LIMIT_S'"; exit 2; }
+[[ $LIMIT_S =~ ^(0|[1-9][0-9]*)$ ]] || { echo "LIMIT_S must be whole seconds, 0 for no limit; got '$LIMIT_S'"; exit 2; }
 [[ $RL_SECONDS =~ ^([1-9][0-9]*)?$ ]] || { echo "RL_SECONDS must be whole seconds above 0, or empty; got '$RL_SECONDS'"; exit 2; }
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || { echo "RANKS must be a number of GPUs, at least 1; got '$RANKS'"; exit 2; }
 LESSONS=${LESSONS:-cold_start}   # cold_start: 60 questions of each kind
@@ -108,7 +108,7 @@ evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids 
 }
 learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised model
   local ends=("${limit[@]}") spent=0 began=$SECONDS newest
-  if [ -n "$RL_SECONDS" ]; then  # in all: what earlier calls took is in spent_s
+  if [ -n "$RL_SECONDS" ]; then  # in all: what earlier calls took that were not interrupted is in spent_s
     [ ! -e "$3/spent_s" ] || spent=$(< "$3/spent_s")
     if [ "$LIMIT_S" = 0 ] || [ $((RL_SECONDS - spent)) -le "$train_s" ]; then ends=(--max_hours "$(hours $((RL_SECONDS - spent)))"); fi
   fi

@@ -256,17 +256,17 @@ EVALUATED = """while [ "$1" != --run_dir ]; do shift; done; mkdir -p "$2" && ech
 
 
 @pytest.mark.parametrize(
-    ("limit_s", "spent_s", "hours", "whole"),
+    ("limit_s", "spent_s", "hours"),
     [
-        ("0", None, 720 / 3600, True),
-        ("540", None, 450 / 3600, False),  # 90 s of LIMIT_S are for starting and saving
-        ("900", None, 720 / 3600, True),
-        ("540", 400, 320 / 3600, True),  # what is left of RL_SECONDS is the smaller now
-        ("100", 400, 50 / 3600, False),
-        ("540", 720, None, True),  # nothing left, but the launcher was killed before it said so: no training
+        ("0", None, 720 / 3600),
+        ("540", None, 450 / 3600),  # 90 s of LIMIT_S are for starting and saving
+        ("900", None, 720 / 3600),
+        ("540", 400, 320 / 3600),  # what is left of RL_SECONDS is the smaller now
+        ("100", 400, 50 / 3600),
+        ("540", 720, None),  # nothing left, but the launcher was killed before it said so: no training
     ],
 )
-def test_of_the_two_limits_of_time_the_smaller_one_holds(tmp_path, limit_s, spent_s, hours, whole):
+def test_of_the_two_limits_of_time_the_smaller_one_holds(tmp_path, limit_s, spent_s, hours):
     """RL_SECONDS=720 in all. Where it is what ends a run, its last checkpoint is the result; else the next call goes on."""
     environment = fake_programs(tmp_path, torchrun=TIMED, python=EVALUATED)
     run = tmp_path / "run" / "dapo-seed0"
@@ -322,9 +322,9 @@ def test_what_is_mistyped_is_said_before_any_phase_runs(tmp_path, settings, said
 
 
 def test_runs_beside_each_other_end_with_their_launcher(tmp_path):
-    """Two trainings that would go on without end; SIGTERM to the launcher alone reaches both, and both end before it does."""
+    """Two trainings that would go on for 30 s; SIGTERM to the launcher alone reaches both, and both end before it does."""
     waits = """while [ "$1" != --output_dir ]; do shift; done; mkdir -p "$2"; trap 'echo saved > "$3/saved"; exit 0' TERM
-        set -- x "$2" "$2"; echo $$ > "$2/pid"; while :; do sleep 0.1; done"""
+        set -- x "$2" "$2"; echo $$ > "$2/pid"; for turn in $(seq 300); do sleep 0.1; done"""
     environment = fake_programs(tmp_path, torchrun=waits) | {"TOGETHER": "1", "SEEDS": "0 1"}
     launcher = subprocess.Popen(
         ["bash", "scripts/real_model.sh", "rl"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
