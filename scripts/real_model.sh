@@ -8,7 +8,7 @@
 # ALGORITHMS="grpo dapo" SEEDS="0 1 2" choose the RL runs, RUN the folder, RANKS the GPUs; docs/real_model.md says more.
 # TOGETHER=1: the RL runs beside each other, dealt over the GPUs (those of CUDA_VISIBLE_DEVICES), RANKS to each: far quicker for
 # a model of this size.
-# RL_SECONDS=480: an RL run ends after this time, and its last checkpoint is the result.
+# RL_SECONDS=480: an RL run ends after this time in all, and its last checkpoint is the result; with LIMIT_S the smaller of both holds.
 # LESSONS=train: supervision sees a demonstration of every question; SEE_STEPS, TUNE_STEPS: its updates.
 # RL_FLAGS="--rollout_correction none" TAG=-uncorrected: further flags of train/main.py, and a name for those runs.
 # shellcheck disable=SC2086  # GGUF and RL_FLAGS are words
@@ -27,9 +27,17 @@ case $TOGETHER in 0|1) ;; *) echo "TOGETHER must be 0 or 1, got '$TOGETHER'"; ex
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)} || visible=
 IFS=, read -ra gpus <<< "$visible"
 LIMIT_S=${LIMIT_S:-0}   # 0: no limit
+RL_SECONDS=${RL_SECONDS:-}
+[[ $LIMIT_S =~ ^(0|[1-9][0-9]*)$ ]] || { echo "LIMIT_S must be whole seconds, 0 for no limit; got '$LIMIT_S'"; exit 2; }
+[[ $RL_SECONDS =~ ^([1-9][0-9]*)?$ ]] || { echo "RL_SECONDS must be whole seconds above 0, or empty; got '$RL_SECONDS'"; exit 2; }
+[[ $RANKS =~ ^[1-9][0-9]*$ ]] || { echo "RANKS must be a number of GPUs, at least 1; got '$RANKS'"; exit 2; }
 LESSONS=${LESSONS:-cold_start}   # cold_start: 60 questions of each kind
 phases=("$@")
-[ ${#phases[@]} -gt 0 ] || phases=(folder clips decode base see tune sees supervised rl table)
+known=(folder clips decode base see tune sees supervised rl table)
+[ ${#phases[@]} -gt 0 ] || phases=("${known[@]}")
+for name in "${phases[@]}"; do
+  [[ " ${known[*]} " == *" $name "* ]] || { echo "unknown phase '$name'; known: ${known[*]}"; exit 2; }
+done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR} PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 PATH="$(cd "${REELRL_VENV:-.venv}/bin" && pwd):$PATH"; export PATH
 
@@ -63,9 +71,11 @@ case $SIZE in
   *) echo "SIZE must be gpu or cpu, got '$SIZE'"; exit 2 ;;
 esac
 cache=(--cache_dir "$DATA/cache")
+hours() { awk "BEGIN{print $1 / 3600}"; }
 limit=() bounded=()
 if [ "$LIMIT_S" != 0 ]; then
-  limit=(--max_hours "$(awk "BEGIN{print ($LIMIT_S > 120 ? $LIMIT_S - 90 : $LIMIT_S / 2) / 3600}")")  # the rest is for starting and saving
+  train_s=$(( LIMIT_S > 120 ? LIMIT_S - 90 : (LIMIT_S + 1) / 2 ))  # the rest is for starting and saving
+  limit=(--max_hours "$(hours "$train_s")")
   bounded=(timeout --signal=INT "$LIMIT_S")
 fi
 
@@ -78,7 +88,8 @@ phase() {  # phase TEXT RESULT COMMAND...: nothing when RESULT is there; ends th
   "$@" || status=$?
   if [ -e "$result" ]; then say "$text: $((SECONDS - start)) s"; return; fi
   if [ "$LIMIT_S" != 0 ] && { [ $status -eq 0 ] || [ $status -eq 124 ] || [ $status -eq 130 ]; }; then unfinished "$text"; fi
-  say "$text failed with status $status"; exit $(( status == 0 ? 1 : status ))
+  if [ $status -eq 0 ]; then say "$text ended before $result was there, as after a signal or a file stop: run the same command again"; exit 75; fi
+  say "$text failed with status $status"; exit $status
 }
 ranks() { torchrun --standalone --nproc_per_node "$RANKS" "$@"; }
 supervised() {  # supervised NAME MODEL FLAGS...: train/sft.py into $RUN/NAME
@@ -96,11 +107,20 @@ evaluate() {  # evaluate MODEL NAME: all question sets with one engine; the ids 
     --image_max_pixels 12544 --max_response_tokens "$answer" --max_model_len 1536 "${engine[@]}"
 }
 learn() {  # learn ALGORITHM SEED FOLDER: train/main.py from the supervised model
-  ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \
-    --validate_data "$DATA/heldout.jsonl" --output_dir "$3" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
-    "${tokens[@]}" "${rl[@]}" --keep_last 1 "${limit[@]}" ${RL_SECONDS:+--max_hours "$(awk "BEGIN{print $RL_SECONDS / 3600}")"} ${RL_FLAGS:-} || return
-  [ -n "${RL_SECONDS:-}" ] && [ ! -e "$3/done.json" ] || return 0
-  local newest; newest=$(find "$3/checkpoints" -maxdepth 1 -name 'step-*' | sort | tail -1)
+  local ends=("${limit[@]}") spent=0 began=$SECONDS newest
+  if [ -n "$RL_SECONDS" ]; then  # in all: what earlier calls took that were not interrupted is in spent_s
+    [ ! -e "$3/spent_s" ] || spent=$(< "$3/spent_s")
+    if [ "$LIMIT_S" = 0 ] || [ $((RL_SECONDS - spent)) -le "$train_s" ]; then ends=(--max_hours "$(hours $((RL_SECONDS - spent)))"); fi
+  fi
+  if [ -z "$RL_SECONDS" ] || [ "$spent" -lt "$RL_SECONDS" ]; then
+    ranks train/main.py --algorithm "$1" --seed "$2" --model "$RUN/tune/final" --data "$DATA/train.jsonl" --style think \
+      --validate_data "$DATA/heldout.jsonl" --output_dir "$3" "${cache[@]}" "${frames[@]}" "${pixels[@]}" "${images[@]}" \
+      "${tokens[@]}" "${rl[@]}" --keep_last 1 "${ends[@]}" ${RL_FLAGS:-} || return
+  fi
+  [ -n "$RL_SECONDS" ] && [ ! -e "$3/done.json" ] || return 0
+  spent=$((spent + SECONDS - began)); mkdir -p "$3"; echo "$spent" > "$3/spent_s"
+  [ "$spent" -ge "$RL_SECONDS" ] || return 0  # LIMIT_S or a signal ended it
+  newest=$(find "$3/checkpoints" -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -1)
   [ -n "$newest" ] || { say "$3: no checkpoint within RL_SECONDS=$RL_SECONDS"; return 1; }
   rm -rf "$3/final" && cp -r "$newest/hf" "$3/final"
   printf '{"step": %d, "final": "%s", "stopped_by": "RL_SECONDS=%s"}\n' "$((10#${newest##*-}))" "$3/final" "$RL_SECONDS" > "$3/done.json"
@@ -114,6 +134,12 @@ deal() {  # deal NUMBER: to this run, the next RANKS GPUs; nothing where there a
 run_rl() {  # run_rl ALGORITHM SEED NAME
   phase "RL: $3" "$RUN/$3/done.json" learn "$1" "$2" "$RUN/$3"
   phase "evaluate $3" "$RUN/$3/after/results.json" evaluate "$RUN/$3/final" "$3/after"
+}
+stop_together() {  # stop_together STATUS: a training saves after its step, torchrun gives it 30 s
+  trap '' HUP INT TERM
+  local process
+  for process in "${together[@]}"; do kill -TERM -- "-$process" 2> /dev/null || true; done
+  say "stopped: the same command goes on"; wait; exit "$1"
 }
 make_folder() { "${bounded[@]}" python scripts/real_model/make_folder.py --gguf $GGUF --output_dir "$RUN/model" --seed "$SEED" "${model[@]}"; }
 decode() {
@@ -138,20 +164,24 @@ for name in "${phases[@]}"; do
     supervised) phase "evaluate the supervised model" "$RUN/supervised/results.json" evaluate "$RUN/tune/final" supervised ;;
     rl)
       started=0 together=()
+      # In the background, Ctrl-C would not reach them: each is a process group of its own, which is ended with the launcher.
+      if [ "$TOGETHER" = 1 ]; then trap 'stop_together 129' HUP; trap 'stop_together 130' INT; trap 'stop_together 143' TERM; fi
       for algorithm in $ALGORITHMS; do
         for seed in $SEEDS; do
           place="$algorithm${TAG:-}-seed$seed"
           if [ "$TOGETHER" = 0 ]; then run_rl "$algorithm" "$seed" "$place"; continue; fi
           say "RL: $place beside the others, log in $RUN/$place.log"
-          ( deal "$started"; run_rl "$algorithm" "$seed" "$place" ) >> "$RUN/$place.log" 2>&1 &
+          set -m
+          ( trap 'exit 143' TERM; deal "$started"; run_rl "$algorithm" "$seed" "$place" ) >> "$RUN/$place.log" 2>&1 &
+          set +m
           together+=($!) started=$((started + 1))
         done
       done
-      worst=0
+      worst=0 status=0
       for process in "${together[@]}"; do wait "$process" || { status=$?; [ $status -eq 75 ] && [ $worst -ne 0 ] || worst=$status; }; done
-      [ $worst -ne 75 ] || unfinished "RL"
+      trap - HUP INT TERM
+      [ $worst -ne 75 ] || [ "$LIMIT_S" = 0 ] || unfinished "RL"
       [ $worst -eq 0 ] || { say "an RL run ended with status $worst: see $RUN/*-seed*.log"; exit $worst; } ;;
     table) say "table"; python scripts/real_model/table.py "$RUN" --data "$DATA" ;;
-    *) say "unknown phase $name; known: folder clips decode base see tune sees supervised rl table"; exit 2 ;;
   esac
 done

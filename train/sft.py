@@ -132,16 +132,16 @@ def validate(run: Run) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(("validate/", "time/validate"))}
 
 
-def train(args, samples: list, held_out: list, encoder) -> int:
-    """The loop: updates, validation, checkpoints, signals. Returns the process's exit status."""
+def train(args, steps: int, samples: list, held_out: list, encoder) -> int:
+    """The loop: updates up to `steps`, validation, checkpoints, signals. Returns the process's exit status."""
     from data.loader import PromptLoader
     from train import checkpoint, distributed, flops, run_log, trackers
     from train.optimizer import Schedule
-    from train.plan import check_cache, sample_order, start_ranks, total_steps
+    from train.plan import check_cache, sample_order, start_ranks
     from train.policy import build_policy
 
     began = time.monotonic()
-    folder, steps = Path(args.output_dir), total_steps(args, len(samples))
+    folder = Path(args.output_dir)
     device, lock, resumed, state = start_ranks(args)
     start, stop = state.get("step", 0), distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)
@@ -230,7 +230,7 @@ def plan_text(args, samples: list, encoder) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from train.plan import build_encoder, checked_samples
+    from train.plan import build_encoder, checked_samples, total_steps
 
     say = print if int(os.environ.get("RANK", "0")) == 0 else lambda *texts, **where: None
     try:
@@ -241,10 +241,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             say(plan_text(args, samples, encoder))
             return 0
+        steps = (
+            1 if args.validate_only else total_steps(args, len(samples))
+        )  # nothing is trained on: a few rows are enough
     except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
         say(f"train/sft.py: {error}", file=sys.stderr, flush=True)
         return 2
-    return train(args, samples, held_out, encoder)
+    return train(args, steps, samples, held_out, encoder)
 
 
 if __name__ == "__main__":

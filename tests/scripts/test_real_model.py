@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,8 @@ def test_strip_shows_the_middles_of_a_clips_quarters_with_their_times(tmp_path):
 
 
 def test_table_by_hand(tmp_path):
-    """Two clips, two questions each: supervised 1/4, two seeds 2/4 and 4/4, so 75 % and +50; blind never moves."""
+    """Two clips, two questions each: supervised 1/4, two seeds 2/4 and 4/4, so 75 % and +50; blind never moves. Without looking,
+    three of the four questions have 0.5 and one has 0.3, which is 0.45."""
     data, run = tmp_path / "data", tmp_path / "run"
     names = [f"heldout-{i:05d}" for i in range(4)]
     rows = [
@@ -59,6 +62,8 @@ def test_table_by_hand(tmp_path):
             "problem": "Q?",
             "answer": "Yes",
             "problem_type": "boolean",
+            "data_type": "video",
+            "data_source": "real/rare" if i == 3 else "real/often",
             "videos": [f"clips/{i // 2}.mp4"],
         }
         for i, name in enumerate(names)
@@ -77,7 +82,10 @@ def test_table_by_hand(tmp_path):
             data / f"{name}_blind.jsonl",
             [{**r, "problem_id": r["problem_id"].replace("heldout", f"{name}_blind")} for r in rows],
         )
-    (data / "complete.json").write_text(json.dumps({"majority": {"heldout": 0.5, "unseen": 0.5, "text_only": 0.25}}))
+    shares = {"real/often": 0.5, "real/rare": 0.3}
+    drawn = {"majority": {"heldout": 0.5, "unseen": 0.5, "text_only": 0.25}}
+    drawn["best_unseeing"] = {"heldout": shares, "unseen": shares}
+    (data / "complete.json").write_text(json.dumps(drawn))
     for place, scores in {
         "supervised": [1, 0, 0, 0],
         "grpo-seed0/after": [1, 1, 0, 0],
@@ -105,12 +113,36 @@ def test_table_by_hand(tmp_path):
         and "not met (+0.0, +0.0)" in missed
         and blind.startswith("blind within 3 points: met")
     )
+    seeds = figures["seeds"]["grpo"]["held-out"]
+    assert [(seeds[k][0]["value"], seeds[k][1][0]) for k in "01"] == [(0.5, 0.25), (1.0, 0.75)]
+    text = (run / "table.md").read_text()
+    # Seed 0 gains one of two questions of the first clip and none of the second's: 50 or 0 points when one clip is drawn twice.
+    assert "| held-out | 0 | 50.0 (0.0 to 100.0) | +25.0 (+0.0 to +50.0) |" in text
+    assert all(
+        f"| {title} | 4 | {known} | 45.0 |" in text for title, known in (("held-out", "50.0"), ("held-out: video", "–"))
+    )
+    assert "| text-only, fixed set | 4 | 25.0 | – |" in text
     shown = (run / "examples.md").read_text()
     assert shown.count("## heldout-") == 4 and "grpo, seed 0 (score 1)" in shown
     for name, colour in zip(names, (RED, RED, BLUE, BLUE)):
         assert f"![frames at 0.25, 0.75, 1.25, 1.75 s](examples/{name}.png)" in shown
         with Image.open(run / "examples" / f"{name}.png") as picture:
             assert np.abs(np.array(picture.getpixel((16, 16))) - colour).max() <= 6
+
+
+def test_an_evaluation_of_other_questions_is_named():
+    questions = {f"heldout-{i}": {} for i in range(3)}
+    table.check_answered(
+        {"supervised": dict.fromkeys(questions, 1.0), "dapo, seed 0": dict.fromkeys(questions, 0.0)}, questions
+    )
+    with pytest.raises(
+        SystemExit, match=r"supervised: 4 questions answered, 1 of them not in the data; supervised: 4\. "
+    ):
+        table.check_answered({"supervised": dict.fromkeys([*questions, "heldout-7"], 1.0)}, questions)
+    with pytest.raises(SystemExit, match=r"seed 1: 2 questions answered, 0 of them not in the data; supervised: 3\."):
+        table.check_answered(
+            {"supervised": dict.fromkeys(questions, 1.0), "seed 1": {"heldout-0": 1, "heldout-2": 0}}, questions
+        )
 
 
 def test_losses_with_own_and_other_pixels_are_those_of_the_last_validation(tmp_path, capsys):
@@ -191,6 +223,123 @@ def test_runs_beside_each_other_that_are_not_finished_are_told_as_one_alone_is(t
         assert done.returncode == 75
         assert "RL is not finished within LIMIT_S=200: run the same command again" in done.stdout
         assert (tmp_path / "run" / "dapo-seed1.log").read_text().count("is not finished within") == turn
+
+
+def fake_programs(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment for the launcher in which these programs are sh scripts in folder/bin, and its own bin folder is empty."""
+    (folder / "bin").mkdir()
+    for name, lines in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / "bin" / name).chmod(0o755)
+    settings = {
+        "SIZE": "cpu",
+        "RUN": str(folder / "run"),
+        "SEEDS": "0",
+        "ALGORITHMS": "dapo",
+        "REELRL_VENV": str(folder),
+    }
+    own = ("LIMIT_S", "RL_SECONDS", "TOGETHER", "RANKS", "TAG", "RL_FLAGS")
+    return {name: value for name, value in os.environ.items() if name not in own} | settings
+
+
+def launched(environment: dict[str, str], *phases: str, **settings: str) -> subprocess.CompletedProcess:
+    command = ["bash", "scripts/real_model.sh", *phases]
+    return subprocess.run(command, cwd=ROOT, env=environment | settings, timeout=60, capture_output=True, text=True)
+
+
+# Writes down the hours it was given, a line per call and a word per --max_hours, and ends as train/main.py does when they are
+# over: with a checkpoint.
+TIMED = """while [ $# -gt 0 ]; do case $1 in --output_dir) out=$2 ;; --max_hours) hours="$hours $2" ;; esac; shift; done
+mkdir -p "$out/checkpoints/step-000012/hf" && echo "$hours" >> "$out/hours" && echo w > "$out/checkpoints/step-000012/hf/weights"
+sleep ${SLEEP_S:-0}"""
+EVALUATED = """while [ "$1" != --run_dir ]; do shift; done; mkdir -p "$2" && echo {} > $2/results.json"""
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "spent_s", "hours"),
+    [
+        ("0", None, 720 / 3600),
+        ("540", None, 450 / 3600),  # 90 s of LIMIT_S are for starting and saving
+        ("900", None, 720 / 3600),
+        ("540", 400, 320 / 3600),  # what is left of RL_SECONDS is the smaller now
+        ("100", 400, 50 / 3600),
+        ("540", 720, None),  # nothing left, but the launcher was killed before it said so: no training
+    ],
+)
+def test_of_the_two_limits_of_time_the_smaller_one_holds(tmp_path, limit_s, spent_s, hours):
+    """RL_SECONDS=720 in all. Where it is what ends a run, its last checkpoint is the result; else the next call goes on."""
+    environment = fake_programs(tmp_path, torchrun=TIMED, python=EVALUATED)
+    run = tmp_path / "run" / "dapo-seed0"
+    if spent_s is not None:
+        (run / "checkpoints" / "step-000012" / "hf").mkdir(parents=True)
+        (run / "spent_s").write_text(f"{spent_s}\n")
+    done = launched(environment, "rl", RL_SECONDS="720", LIMIT_S=limit_s)
+    given = (run / "hours").read_text().split() if (run / "hours").exists() else []
+    assert [float(value) for value in given] == ([] if hours is None else [pytest.approx(hours, rel=1e-5)])
+    # The stand-in ends at once, long before 720 s: only where they are spent already is there a result.
+    assert (done.returncode, (run / "done.json").exists()) == ((0, True) if hours is None else (75, False)), done.stdout
+    if hours is not None:
+        assert int((run / "spent_s").read_text()) >= (spent_s or 0)
+        shown = f"not finished within LIMIT_S={limit_s}" if limit_s != "0" else "ended before"
+        assert shown in done.stdout and "run the same command again" in done.stdout
+    else:
+        assert json.loads((run / "done.json").read_text())["step"] == 12
+
+
+def test_time_spent_is_added_up_and_the_last_checkpoint_is_the_result_when_it_is_over(tmp_path):
+    """RL_SECONDS=4, and at most 2 s of a call by LIMIT_S=3: two calls of at least 2 s each, 2 s and what is left in hours."""
+    environment = fake_programs(tmp_path, torchrun=TIMED, python=EVALUATED)
+    run, calls = tmp_path / "run" / "dapo-seed0", []
+    for _ in range(2):
+        calls.append(launched(environment, "rl", RL_SECONDS="4", LIMIT_S="3", SLEEP_S="2.1").returncode)
+        if not (run / "done.json").exists():
+            spent_s = int((run / "spent_s").read_text())
+            assert spent_s >= 2
+    first, second = [float(line) for line in (run / "hours").read_text().split()]
+    assert calls == [75, 0] and first == pytest.approx(2 / 3600, rel=1e-5)
+    assert second == pytest.approx(min(2, 4 - spent_s) / 3600, rel=1e-5)
+    assert json.loads((run / "done.json").read_text()) == {
+        "step": 12, "final": str(run / "final"), "stopped_by": "RL_SECONDS=4"}  # fmt: skip
+    assert (run / "final" / "weights").read_text() == "w\n" and (run / "after" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"LIMIT_S": "9m"}, "LIMIT_S must be whole seconds, 0 for no limit; got '9m'"),
+        ({"RL_SECONDS": "0"}, "RL_SECONDS must be whole seconds above 0, or empty; got '0'"),
+        ({"RANKS": "two"}, "RANKS must be a number of GPUs, at least 1; got 'two'"),
+        ({"TOGETHER": "yes"}, "TOGETHER must be 0 or 1, got 'yes'"),
+        ({"SIZE": "big"}, "SIZE must be gpu or cpu, got 'big'"),
+        ({}, "unknown phase 'tnue'; known: folder clips decode base see tune sees supervised rl table"),
+    ],
+)
+def test_what_is_mistyped_is_said_before_any_phase_runs(tmp_path, settings, said):
+    environment = fake_programs(tmp_path, python="touch $(dirname $0)/ran")
+    done = launched(environment, "folder", *([] if settings else ["tnue"]), **settings)
+    assert (done.returncode, said in done.stdout) == (2, True), done.stdout + done.stderr
+    assert not (tmp_path / "bin" / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_runs_beside_each_other_end_with_their_launcher(tmp_path):
+    """Two trainings that would go on for 30 s; SIGTERM to the launcher alone reaches both, and both end before it does."""
+    waits = """while [ "$1" != --output_dir ]; do shift; done; mkdir -p "$2"; trap 'echo saved > "$3/saved"; exit 0' TERM
+        set -- x "$2" "$2"; echo $$ > "$2/pid"; for turn in $(seq 300); do sleep 0.1; done"""
+    environment = fake_programs(tmp_path, torchrun=waits) | {"TOGETHER": "1", "SEEDS": "0 1"}
+    launcher = subprocess.Popen(
+        ["bash", "scripts/real_model.sh", "rl"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    pids = [tmp_path / "run" / f"dapo-seed{seed}" / "pid" for seed in (0, 1)]
+    while not all(path.exists() and path.read_text() for path in pids):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143 and "stopped: the same command goes on" in said
+    for path in pids:
+        assert (path.parent / "saved").read_text() == "saved\n"
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
 
 
 @pytest.mark.slow

