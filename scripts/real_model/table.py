@@ -262,7 +262,9 @@ def examples(run: Path, data: Path) -> str:
         parts.append(f"- gold: {row['answer']}")
         for title, rows in answers.items():
             if name in rows:
-                parts.append(f"- {title} (score {rows[name]['score']}): {rows[name]['response']!r}")
+                score = rows[name]["score"]
+                shown = "none" if score is None else f"{score:.3g}"
+                parts.append(f"- {title} (score {shown}): {rows[name]['response']!r}")
         parts.append("")
     return "\n".join(parts)
 
