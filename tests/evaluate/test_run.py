@@ -170,7 +170,9 @@ def test_score_only_without_a_run_names_those_that_exist(toy, tmp_path, capsys):
     "flags",
     ["--loaders 0", "--limit 0", "--limit -1", "--data_parallel 0", "--max_concurrent 0", "--in_flight_gib 0",
      "--decode_timeout_s 0", "--max_response_tokens 0", "--cache require", "--preprocess_only",
-     "--retry_failed --data_parallel 2"],
+     "--retry_failed --data_parallel 2", "--fps 0", "--min_frames 0", "--max_frames 3", "--video_max_pixels 100",
+     "--temperature -1", "--top_p 1.5", "--top_k -2", "--presence_penalty 3", "--max_model_len 0", "--kv_cache_gib 0",
+     "--gpu_memory_utilization 1.2", "--dtype floaty", "--judge_model /no/such/judge"],
 )  # fmt: skip
 def test_flags_that_would_hang_or_be_ignored_are_usage_errors(flags, toy, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
