@@ -184,7 +184,7 @@ def dry_run(benchmark: Benchmark, args: argparse.Namespace, kept, excluded, abse
     for reason, n in sorted({s.extra["excluded"]: 0 for s in excluded}.items()):
         n = sum(s.extra["excluded"] == reason for s in excluded)
         print(f"  excluded: {n} ({reason})")
-    for sample in (kept[0], kept[-1]):
+    for sample in (kept[0], kept[-1])[: len(kept)]:
         print(f"\n--- {sample.id} [{sample.problem_type}], gold {str(sample.answer)[:80]!r}")
         print(render_preview(prompts[sample.id], style, template))
     return 0
@@ -262,7 +262,7 @@ def run_benchmark(
             args.limit = limit_of_run(args)
         kept, excluded, absent = load_samples(benchmark, args)
         if args.dry_run:
-            return dry_run(benchmark, args, kept, excluded, absent)
+            return 0 if rank else dry_run(benchmark, args, kept, excluded, absent)
         wanted = {m.path for sample in kept for m in sample.media if m.path}
         absent = sorted(wanted.intersection(absent))
         if absent and len(absent) == len(wanted) and not args.score_only:
@@ -277,7 +277,7 @@ def run_benchmark(
             folder = folder_to_score(benchmark, args)
         else:
             folder = open_folder(benchmark, args, settings_of(benchmark, args, kept, prompts))
-        if absent and rank == 0:
+        if absent and rank == 0 and not args.score_only:  # scoring needs no videos
             print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
         with store.FolderLock(folder) if rank == 0 else nullcontext():
             store.read_predictions(folder)  # damage is told now, not after the answers

@@ -116,6 +116,17 @@ def test_a_tenth_of_broken_videos_of_every_kind(tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--strict")[0] == 3
 
 
+@pytest.mark.parametrize(("limit", "shown"), [("1", 1), ("2", 2), ("60", 2)])
+def test_dry_run_shows_each_prompt_once_and_needs_no_model(limit, shown, toy, tmp_path, capsys, monkeypatch):
+    command = ["--data_dir", str(toy), "--output_dir", str(tmp_path), "--dry_run", "--limit", limit]
+    assert main(TOY, command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"Toy: {limit} questions, ") and said.count("\n--- ") == shown
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")  # of several ranks the first one speaks
+    assert main(TOY, command) == 0 and capsys.readouterr().out == ""
+
+
 def test_missing_media_and_annotations_say_what_to_do(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out")[0] == 2
