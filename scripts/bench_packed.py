@@ -209,11 +209,11 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
         packed = ours_run("flex", False)
 
         def run() -> float:
-            group_attention.FLEX_OPTIONS = options
+            usual, group_attention.FLEX_OPTIONS = group_attention.FLEX_OPTIONS, options
             try:
                 return packed()
             finally:
-                group_attention.FLEX_OPTIONS = None
+                group_attention.FLEX_OPTIONS = usual
 
         return run
 
@@ -411,7 +411,7 @@ def main() -> None:
     parser.add_argument("--flex_static", action="store_true", help="compile FlexAttention per length, not for all")
     parser.add_argument(
         "--flex_options", nargs="+", default=[], metavar="JSON",
-        help="further packed variants with these kernel_options of FlexAttention: '{\"IS_DIVISIBLE\": true}'",
+        help="further packed variants with these kernel_options of FlexAttention instead of ours: '{}' for torch's own",
     )  # fmt: skip
     parser.add_argument("--out", default=None, help="write the measurements here as JSON")
     args = parser.parse_args()

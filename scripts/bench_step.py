@@ -491,12 +491,13 @@ def one_step(bench: Bench, name: str, number: int, warm: set[str], results: dict
 
         traceback.print_exc()
         results["failed"][name] = f"{type(error).__name__}: {str(error)[:400]}"
-        save(flags, results)
-        free_memory()
-        bench.engine.wake(weights=True, kv=False)
-        bench.engine.sync(bench.policy.named_tensors(bench.args.sync_bucket_mib << 20))
-        bench.engine.wake(weights=False, kv=True)
-        return None
+    # Not before the handler is left: until then the error's frames hold every tensor of the failed step.
+    save(flags, results)
+    free_memory()
+    bench.engine.wake(weights=True, kv=False)
+    bench.engine.sync(bench.policy.named_tensors(bench.args.sync_bucket_mib << 20))
+    bench.engine.wake(weights=False, kv=True)
+    return None
 
 
 def profile_updates(bench: Bench, results: dict) -> None:

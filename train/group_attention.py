@@ -14,7 +14,8 @@ Backends (`--attention`), all behind `packed_attention`, chosen once at start by
     flex    FlexAttention with a block mask; grouped heads; CUDA
     varlen  torch.nn.attention.varlen: prompts in one call, responses over [prompt, own response] in another; CUDA
     flash2  the same two calls on flash-attn 2; CUDA, where it is installed
-    flash4  the same two calls on flash-attn 4 (CuTe kernels for Hopper and later); CUDA, where it is installed
+    flash4  flash-attn 4 (CuTe kernels for Hopper and later), where it is installed; CUDA. Its log-sum-exps have gradients, so
+            that responses attend to their prompt and to themselves in two calls whose results are merged: no key is copied
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -36,15 +37,15 @@ from train.sequence_parallel import SequenceSet, attend
 
 PACKED = "reelrl_packed"  # the name under which transformers finds packed_attention
 BACKENDS = ("sdpa", "flex", "varlen", "flash2", "flash4")
-VARLEN = ("varlen", "flash2", "flash4")  # those of two calls
+VARLEN = ("varlen", "flash2", "flash4")  # those of kernels for variable lengths
 # Module of each package: flash-attn 4 lies in the namespace flash_attn, so that name alone says nothing.
 PACKAGES = {"flash2": "flash_attn.flash_attn_interface", "flash4": "flash_attn.cute.interface"}
 FLEX_BLOCK = 128
 FLEX_DYNAMIC = True  # one compilation for all lengths; False: one per length, until torch gives up compiling
-# kernel_options of FlexAttention on CUDA. Candidates, exact here but not measured yet: with lengths that are symbols torch
-# 2.11 takes no length for a multiple of 128, although all are (IS_DIVISIBLE), nor can it know that no row is empty
-# (ROWS_GUARANTEED_SAFE); scripts/bench_packed.py --flex_options compares them.
-FLEX_OPTIONS: dict[str, bool | int] | None = None
+# kernel_options of FlexAttention on CUDA. With lengths that are symbols torch 2.11 takes none for a multiple of 128, although
+# all are: padded for it. Said, an update is 5 % faster (docs/gpu_results.md). ROWS_GUARANTEED_SAFE would be 3 % more and is
+# wrong: a response's first block of keys may hold none that it sees, and the loss is nan.
+FLEX_OPTIONS: dict[str, bool | int] | None = {"IS_DIVISIBLE": True}
 
 
 @dataclass(slots=True)
@@ -346,13 +347,56 @@ def _flash2_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
 
-def _flash4_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
+def _flash4(q, k, v, cu_q, cu_k, max_q, max_k, scaling, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """(T, H, d) of every sequence's queries over its keys, and (H, T) fp32 logarithms of the softmax's sums, with gradients."""
     from flash_attn.cute.interface import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, softmax_scale=scaling, causal=True
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, softmax_scale=scaling,
+        causal=causal, return_lse=True,
     )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out  # with the logarithms of the sums, which nobody needs here
+
+
+def _flash4_causal(*arguments):
+    return _flash4(*arguments, causal=True)[0]
+
+
+def response_offsets(layout: Layout, device: torch.device) -> dict[str, tuple[Tensor, int]] | None:
+    """Cumulative lengths of prompts, of each group's responses together and of each response. None if a group has no response
+    token: no kernel then says what the gradient of that prompt's keys is."""
+    groups = [sum(span.response_lengths) for span in layout.spans]
+    if not all(groups):
+        return None
+    single = [length for span in layout.spans for length in span.response_lengths if length]
+    lengths = {"prompts": [span.prompt_length for span in layout.spans], "groups": groups, "responses": single}
+    return {
+        name: (torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device, non_blocking=True), max(each))
+        for name, each in lengths.items()
+    }
+
+
+def flash4_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """As sdpa_packed: prompts over themselves, each response over itself, all responses of a group over their prompt.
+
+    A softmax over two sets of keys is the mean of the softmaxes over each, weighted with their sums (FlashAttention,
+    arXiv 2205.14135, section 3.1): with their logarithms a and b the weight of the first is sigmoid(a - b).
+    """
+    if "response_offsets" not in layout.ready:
+        layout.ready["response_offsets"] = response_offsets(layout, q.device)
+    offsets = layout.ready["response_offsets"]
+    if offsets is None:
+        return varlen_packed(q, k, v, layout, scaling)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
+    end = layout.prompts_length
+    (prompts, longest_prompt), (groups, longest_group), (responses, longest) = offsets.values()
+    first = _flash4_causal(q[:end], k[:end], v[:end], prompts, prompts, longest_prompt, longest_prompt, scaling)
+    own, own_sum = _flash4(q[end:], k[end:], v[end:], responses, responses, longest, longest, scaling, causal=True)
+    seen, seen_sum = _flash4(
+        q[end:], k[:end], v[:end], groups, prompts, longest_group, longest_prompt, scaling, causal=False
+    )
+    weight = torch.sigmoid(own_sum - seen_sum).transpose(0, 1)[..., None]  # (R, heads, 1) fp32
+    merged = torch.lerp(seen.to(weight.dtype), own.to(weight.dtype), weight).to(q.dtype)
+    return torch.cat([first, merged])[None]
 
 
 def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
@@ -373,7 +417,9 @@ def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: floa
     return torch.cat([prompts, responses])[None]
 
 
-_KERNELS = {"sdpa": sdpa_packed, "flex": flex_packed, **dict.fromkeys(VARLEN, varlen_packed)}
+_KERNELS = {
+    "sdpa": sdpa_packed, "flex": flex_packed, "varlen": varlen_packed, "flash2": varlen_packed, "flash4": flash4_packed,
+}  # fmt: skip
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):

@@ -81,6 +81,8 @@ def packed_linear_attention(self, hidden_states: Tensor, cache_params=None, atte
         out, _ = _delta_rule(self, inputs, weight, beta[0, index], decay[0, index], state, skip=kernel - 1)
         responses.append(out.flatten(0, 1)[real][None])
     core = torch.cat(prompts + responses, dim=1)
+    # FlexAttention's padding at the end: tokens of no group, nothing is predicted there.
+    core = torch.nn.functional.pad(core, (0, 0, 0, 0, 0, hidden_states.shape[1] - core.shape[1]))
     core = self.norm(core.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
     return self.out_proj(core.view(*hidden_states.shape[:2], -1))
 

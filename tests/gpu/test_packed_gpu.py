@@ -21,7 +21,7 @@ from train.packed_model import PackedModel
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def family(request):
     folder = tiny_model(request.param)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")

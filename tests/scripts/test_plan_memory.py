@@ -102,9 +102,54 @@ def test_what_fits():
     assert plan_memory.most_frames(SHAPE, arguments("--gpus", "1", "--gpu_memory_gib", "80")) == 0
 
 
+def test_kept_layers_by_hand():
+    # hidden 4,096, q 32 x 128, keys 8 x 128, intermediate 12,288, bf16
+    assert plan_memory.kept_bytes_per_token(SHAPE, True) == 2 * (3 * 4096 + 3 * 4096 + 3 * 1024 + 3 * 12_288) == 129_024
+    assert plan_memory.kept_bytes_per_token(SHAPE, False) == 129_024 + 2 * (6 * 4096 + 3 * 5120 + 12_288)
+    plan = plan_memory.make_plan(SHAPE, arguments("--kept_layers", "5", "--sequence_parallel", "2"), 128)
+    assert plan.update[plan_memory.KEPT] == 5 * 129_024 * 33_238 / 2
+    args = arguments("--gpus", "4")
+    most = plan_memory.most_kept_layers(SHAPE, args)
+    peaks = [
+        plan_memory.make_plan(SHAPE, arguments("--gpus", "4", "--kept_layers", str(most + n)), 128).peak_bytes
+        for n in (0, 1)
+    ]
+    assert 0 < most < 36 and peaks[0] <= 0.9 * 139 * GIB < peaks[1]
+    assert plan_memory.most_kept_layers(SHAPE, arguments("--gpus", "1", "--gpu_memory_gib", "80")) is None
+
+
+@pytest.mark.parametrize(
+    "size, gpus, kept, measured_gib",
+    [
+        ("2b", 1, 0, 47.3), ("2b", 1, 28, 84.8), ("4b", 1, 12, 112.7), ("4b", 1, 16, 121.0), ("8b", 2, 8, 112.8),
+        ("8b", 2, 11, 120.5),
+    ],
+)  # fmt: skip
+def test_peaks_that_were_measured(size, gpus, kept, measured_gib):
+    """docs/gpu_results.md, variant g: torch's peak in the update. Its largest group has 16,765 + 4,342 tokens, --fused."""
+    shape = read_shape(plan_memory.SIZES[size])
+    words = [
+        "--size",
+        size,
+        "--gpus",
+        str(gpus),
+        "--kept_layers",
+        str(kept),
+        "--text_tokens",
+        "61",
+        "--max_response_tokens",
+        "543",
+    ]
+    plan = plan_memory.make_plan(shape, plan_memory.flags().parse_args(words), 128)
+    assert abs(plan.group_tokens - (16_765 + 4342)) <= 2
+    assert plan.update_peak_bytes / GIB == pytest.approx(measured_gib, rel=0.025)
+
+
 def test_program():
     program = [sys.executable, ROOT / "scripts" / "plan_memory.py"]
     done = subprocess.run([*program, "--size", "8b"], capture_output=True, text=True)
     assert done.returncode == 0 and "prompt                 16,854 tokens" in done.stdout and ": fits" in done.stdout
+    # 42.3 GiB without, 33,238 x 129,024 bytes = 3.99 GiB for each, 125.1 GiB there: 20.7
+    assert "most --kept_layers with these flags: 20 of 36, with --fused" in done.stdout
     done = subprocess.run([*program, "--model", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "nowhere/config.json" in done.stderr

@@ -16,15 +16,14 @@ from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
+from train import group_attention
 from train.batching import dummy_group
 from train.group_attention import (
     choose_attention,
     flex_block_mask,
-    flex_packed,
     group_mask,
     pack,
     sdpa_packed,
-    varlen_packed,
     why_missing,
 )
 from train.packed_model import PackedModel
@@ -65,7 +64,9 @@ def models():
     return get
 
 
-def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointing: bool = False):
+def compare(
+    plain, packed_model, cases, *, temperature: float = 0.8, checkpointing: bool = False, backend: str = "sdpa"
+):
     """-> (relative error of log-probs, of entropies, {parameter: relative error of its gradient})."""
     if checkpointing:
         packed_model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,7 +80,7 @@ def compare(plain, packed_model, cases, *, temperature: float = 0.8, checkpointi
     random = torch.Generator().manual_seed(3)
     weights = torch.randn(2, len(want), generator=random, dtype=torch.float64).to(want.dtype)
     (want * weights[0] + want_entropy * weights[1]).sum().backward()
-    packed = pack([group for group, _ in cases], backend="sdpa", device=CPU, banned_ids=banned)
+    packed = pack([group for group, _ in cases], backend=backend, device=CPU, banned_ids=banned)
     got, got_entropy = packed_model(packed, temperature=temperature, entropy=True)
     (got * weights[0] + got_entropy * weights[1]).sum().backward()
 
@@ -117,6 +118,25 @@ def test_the_same_in_float64(models, family):
     assert any("visual" in name for name in gradients) and any("lm_head" in name for name in gradients)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_the_same_with_the_padding_of_flex(models, family, monkeypatch):
+    """CUDA's packs end with tokens of no group, for FlexAttention, which has no backward pass on a CPU: SDPA stands in."""
+
+    def padded(q, k, v, layout, scaling):
+        real = sdpa_packed(q, k, v, layout, scaling)
+        return torch.nn.functional.pad(real, (0, 0, 0, 0, 0, layout.length - real.shape[1]))
+
+    monkeypatch.setitem(group_attention._KERNELS, "flex", padded)
+    with float64_throughout():
+        plain, packed, maker = models(family, torch.float64)
+        cases = [maker.group(*case) for case in PACKS["mixed"]]
+        real = pack([group for group, _ in cases], backend="sdpa", device=CPU).layout.length
+        assert pack([group for group, _ in cases], backend="flex", device=CPU).layout.length > real
+        logprobs, entropy, gradients = compare(plain, packed, cases, backend="flex")
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
+
+
 def test_tied_embeddings_and_checkpointing(models):
     plain, packed, maker = models("qwen3_vl", torch.float32, tied=True)
     assert not any("lm_head" in name for name, _ in plain.named_parameters())
@@ -146,7 +166,10 @@ def test_linear_attention_after_a_prompt_shorter_than_its_convolution(models):
         plain, packed, maker = models("qwen3_5", torch.float64)
         group, floats = maker.group("text", [5, 0, 70, 1], 3)  # 70: more than one chunk of the rule
         short = 2
-        group.prompt.input_ids, group.prompt.mm_type_ids = group.prompt.input_ids[:short], np.zeros(short, dtype=np.uint8)
+        group.prompt.input_ids, group.prompt.mm_type_ids = (
+            group.prompt.input_ids[:short],
+            np.zeros(short, dtype=np.uint8),
+        )
         group.prompt.position_ids = np.broadcast_to(np.arange(short), (3, short)).copy()
         floats["input_ids"], floats["mm_token_type_ids"] = (
             floats[name][:, :short] for name in ("input_ids", "mm_token_type_ids")
@@ -205,45 +228,72 @@ def test_empty_response_and_wrong_ids(models):
         pack([group], backend="sdpa", device=CPU, banned_ids=np.array([440, 441]))
 
 
-def test_flex_and_varlen_layouts_agree_with_sdpa(monkeypatch):
-    """The other backends' bookkeeping on CPU: FlexAttention uncompiled, varlen with its kernel as a loop."""
-    import train.group_attention as attention
+def loop_kernel(
+    q, k, v, cu_q, cu_k, max_q, max_k, scaling, *, causal: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What kernels for variable lengths compute, one sequence after the other: (T, H, d), and (H, T) logarithms of the sums."""
+    assert max_q == max(cu_q.diff()) and max_k == max(cu_k.diff())
+    out, sums, times = [], [], q.shape[1] // k.shape[1]
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(times, 1)) * scaling
+        if causal:
+            late = torch.arange(d - c)[None, :] > torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            scores = scores.masked_fill(late, float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:d].repeat_interleave(times, 1)))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(out), torch.cat(sums, dim=1)
 
-    torch.manual_seed(0)
+
+def flash4_stand_in(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
+):
+    assert return_lse
+    return loop_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=causal)
+
+
+@pytest.fixture
+def kernels_as_loops(monkeypatch):
+    monkeypatch.setattr(group_attention, "_torch_varlen_causal", lambda *arguments: loop_kernel(*arguments)[0])
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash4_stand_in))
+
+
+def two_groups(*, empty: bool) -> list[Group]:
+    """Prompts of 37 and 1 tokens; responses of 5, 0, 12 and of 60, 3 (or of none at all)."""
     first, second = dummy_group(), dummy_group()
     first.prompt.input_ids, first.prompt.position_ids = np.zeros(37, dtype=np.int64), np.zeros((3, 37), dtype=np.int64)
     first.responses = [Response([1] * n, [], "stop") for n in (5, 0, 12)]
-    second.responses = [Response([1] * n, [], "stop") for n in (60, 3)]
+    second.responses = [Response([1] * n, [], "stop") for n in ((0, 0) if empty else (60, 3))]
+    return [first, second]
 
-    def loop_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
-        assert max_q == max(cu_q.diff()) and max_k == max(cu_k.diff())
-        out, times = [], q.shape[1] // k.shape[1]
-        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(times, 1)) * scaling
-            late = torch.arange(d - c)[None, :] > torch.arange(b - a)[:, None] + (d - c) - (b - a)
-            weights = scores.masked_fill(late, float("-inf")).softmax(-1)
-            out.append(torch.einsum("hqk,khd->qhd", weights, v[c:d].repeat_interleave(times, 1)))
-        return torch.cat(out)
 
-    def flash4(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
-        assert causal
-        return loop_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale), "sums"
-
-    monkeypatch.setattr(attention, "_torch_varlen_causal", loop_kernel)
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash4))
+@pytest.mark.parametrize("empty", [False, True])
+def test_flex_and_varlen_layouts_agree_with_sdpa(kernels_as_loops, empty):
+    """The other backends' bookkeeping on CPU: FlexAttention uncompiled, the kernels for variable lengths as a loop."""
     results = {}
-    kernels = {"sdpa": sdpa_packed, "flex": flex_packed, "varlen": varlen_packed, "flash4": varlen_packed}
-    for backend, kernel in kernels.items():
-        layout = pack([first, second], backend=backend, device=CPU).layout
-        real = 37 + 1 + 17 + 63
+    for backend in ("sdpa", "flex", "varlen", "flash4"):
+        layout = pack(two_groups(empty=empty), backend=backend, device=CPU).layout
+        real = 37 + 1 + 17 + (0 if empty else 63)
         assert layout.length == (128 if backend == "flex" else real)
         generator = torch.Generator().manual_seed(1)
         q, k, v = (torch.randn(1, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
         q, k, v = (x[:, :, : layout.length] for x in (q, k, v))
-        results[backend] = kernel(q, k, v, layout, 0.3)[:, :real]
+        results[backend] = group_attention._KERNELS[backend](q, k, v, layout, 0.3)[:, :real]
     for backend in ("flex", "varlen", "flash4"):
         assert torch.allclose(results[backend], results["sdpa"], atol=1e-5), backend
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_merged_calls_of_flash4_give_the_same_gradients(models, kernels_as_loops, family):
+    """Their weights come from the log-sum-exps, through which gradients have to flow; no key is copied per response."""
+    copied = []
+    with pytest.MonkeyPatch.context() as patch, float64_throughout():
+        patch.setattr(group_attention, "keys_of_responses", lambda *arguments: copied.append(1))
+        plain, packed, maker = models(family, torch.float64)
+        cases = [maker.group(*case) for case in PACKS["mixed"]]
+        logprobs, entropy, gradients = compare(plain, packed, cases, backend="flash4")
+    assert logprobs <= 1e-10 and entropy <= 1e-10 and not copied
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
 
 
 def test_flex_block_mask_against_torchs_own():
@@ -386,7 +436,9 @@ def test_backends_that_cannot_run_are_refused():
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
     for name, package in (("flash2", "flash-attn"), ("flash4", "flash-attn-4")):
-        with pytest.raises(ValueError, match=rf"needs the package {package} \(.*flash_attn.*\); use --attention flex or varlen"):
+        with pytest.raises(
+            ValueError, match=rf"needs the package {package} \(.*flash_attn.*\); use --attention flex or varlen"
+        ):
             choose_attention(name, torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ValueError, match="'xformers' is not one of"):
         choose_attention("xformers", CPU, torch.float32)
