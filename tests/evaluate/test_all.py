@@ -186,6 +186,18 @@ def test_flags_that_a_benchmark_does_not_know_are_told_by_its_name_before_anythi
     assert not list(tmp_path.rglob("run.json"))
 
 
+@pytest.mark.parametrize("flag", ["--annotations", "--run_dir"])
+def test_flags_that_name_one_benchmarks_files_are_refused_for_several(flag, data, tmp_path, capsys):
+    """minerva.json would be read, answered and reported as LVBench, too: all programs read the toolkit's layout."""
+    value = str(data / "minerva.json" if flag == "--annotations" else tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(data, tmp_path / "out", flag, value)
+    assert stopped.value.code == 2 and f"{flag} names one benchmark's" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("run.json"))
+    assert evaluate(data, tmp_path / "out", flag, value, benchmarks=("minerva",)) == (0, ["start 0", "close 0"])
+    assert len(list(tmp_path.rglob("run.json"))) == 1
+
+
 def test_a_program_that_ends_itself_ends_only_its_benchmark(data, tmp_path, capsys):
     def cannot(args, encoder):
         raise SystemExit("--dtype float32: vLLM's CPU kernels run Qwen3.5 in bfloat16 only")

@@ -122,6 +122,28 @@ def test_the_name_of_a_repository_may_be_one():
     assert model_problem("owner/some-model_2.5") is None and model_problem("some-model") is None
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("{% if %}", "line 1: Expected an expression"),
+        ("{{ nothing.at_all }}", "fails on sample 000-0: 'nothing' is undefined"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_template_that_fails_is_told_before_anything_runs(content, said, more, toy, tmp_path, capsys):
+    template = tmp_path / "own.jinja"
+    if content is not None:
+        template.write_text(content)
+    flags = ["--prompt_template", str(template), "--output_dir", str(tmp_path / "out"), *more]
+    assert run(toy, *flags) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"toy: --prompt_template {template}") and said in told and not (tmp_path / "out").exists()
+    (tmp_path / "good.jinja").write_text("{{ question }} Say a letter.")
+    flags[1] = str(tmp_path / "good.jinja")
+    assert run(toy, *flags, "--limit", "2") == 0
+
+
 def test_errors_name_the_benchmark_once_and_folders_that_are_not_there(toy, tmp_path, capsys):
     flags = ["--output_dir", str(tmp_path / "out")]
     assert run(tmp_path / "absent", *flags) == 2
