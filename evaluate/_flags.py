@@ -44,7 +44,9 @@ def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     group.add_argument("--prompt_template", help="Jinja2 file for the whole user text (with --prompt direct or think)")
     group.add_argument("--limit", type=int, help="only the first N samples (a folder of its own)")
     group.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap")
-    group.add_argument("--retry_failed", action="store_true", help="try rows that failed once more")
+    group.add_argument(
+        "--retry_failed", action="store_true", help="try rows that failed, or whose files changed, again"
+    )
     group = parser.add_argument_group("how far")
     group.add_argument("--dry_run", action="store_true", help="load, check and show two prompts; no model, no decoding")
     group.add_argument("--preprocess_only", action="store_true", help="decode every video into --cache_dir, then stop")

@@ -118,29 +118,35 @@ def media_name(medium: Media) -> Any:
     return Path(medium.path).name if medium.path else hashlib.sha256(medium.data or b"").hexdigest()
 
 
+def media_files(sample: Sample) -> list[str]:
+    return [path for medium in sample.media for path in (medium.path, *(medium.frames or ())) if path]
+
+
 def media_bytes(sample: Sample) -> int | None:
     """Size of all files of a sample's media; None if it has none or one is not there."""
-    files = [path for medium in sample.media for path in (medium.path, *(medium.frames or ())) if path]
+    files = media_files(sample)
     try:
         return sum(os.stat(path).st_size for path in files) if files else None
     except OSError:
         return None
 
 
-def changed_media(samples: list[Sample], rows: dict[str, dict[str, Any]]) -> list[str]:
-    """ "file (bytes then, now)" of samples whose answer was given when their files had another size.
+def changed_media(samples: list[Sample], rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Sample id -> "file, bytes then and now" of samples whose answer was given when their files had another size.
 
     A run's key knows files by name, so that a folder may be moved and a missing video brought later; but a second set of
     the same names (--media_dir with the videos at a low rate) must not be reported with the first one's answers.
     """
-    changed = []
+    changed = {}
     for sample in samples:
         row = rows.get(sample.id)
         if row is None or row["status"] in FAILURES or "media_bytes" not in row:
             continue
         size = media_bytes(sample)
         if size is not None and size != row["media_bytes"]:
-            changed.append(f"{sample.media[0].path}, {row['media_bytes']} bytes when it was answered, now {size}")
+            changed[sample.id] = (
+                f"{media_files(sample)[0]}, {row['media_bytes']} bytes when it was answered, now {size}"
+            )
     return changed
 
 

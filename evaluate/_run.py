@@ -317,7 +317,8 @@ def carry_out(benchmark: Benchmark, args, folder: Path, work: tuple, engines: On
     if not args.score_only:
         if args.retry_failed:
             done = store.read_predictions(folder)
-            store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
+            again = {name for name, row in done.items() if row["status"] in FAILURES}
+            store.drop_rows(folder, again | store.changed_media(kept, done).keys())
         with ends_told(folder, engines.place):
             stats = answer_missing(benchmark, args, folder, kept, prompts, engines, make_encoder)
         if args.preprocess_only:
@@ -345,7 +346,8 @@ def answer_missing(
     if changed := store.changed_media(kept, done):
         raise AnnotationError(
             f"{folder} holds answers about other files: {len(changed)} questions' media have another size now "
-            f"(first: {changed[0]}). Name another --output_dir (or --run_dir) for these files"
+            f"(first: {next(iter(changed.values()))}). Name another --output_dir (or --run_dir) for these files, or have "
+            "those questions answered anew with --retry_failed"
         )
     todo = [sample for sample in share if sample.id not in done]
     name = "predictions.jsonl" if world == 1 else f"predictions.{rank}-of-{world}.jsonl"

@@ -237,6 +237,12 @@ def test_other_files_under_the_same_names_are_not_reported_with_the_first_ones_a
     shutil.copytree(toy / "clips", tmp_path / "moved/clips")
     assert run(toy, *flags, "--media_dir", str(tmp_path / "moved")) == 0  # a folder may be moved
     assert run(toy, "--output_dir", str(tmp_path / "new"), "--media_dir", str(tmp_path / "short")) == 0
+    shutil.copy(tmp_path / "short/clips/000.mp4", tmp_path / "moved/clips/000.mp4")  # one was downloaded again
+    engine = FakeEngine()
+    assert run(toy, *flags, "--media_dir", str(tmp_path / "moved"), "--retry_failed", engine=engine) == 0
+    assert sorted(name.split("-", 1)[1] for name in engine.asked) == ["000-0", "000-1", "000-2"]
+    sizes_now = [row["media_bytes"] for name, row in read_predictions(folder).items() if name.startswith("000")]
+    assert sizes_now == [sizes[1]] * 3 and len(read_predictions(folder)) == 60
 
 
 def test_media_that_are_bytes_or_lists_of_frames_are_known_by_what_they_hold():
