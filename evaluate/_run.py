@@ -262,9 +262,13 @@ def main(
 ) -> int:
     """Runs a benchmark program; the exit status. Tests bring their own engine and encoder."""
     args = parse(benchmark, build_parser(benchmark), arguments)
-    if args.data_parallel > 1 and "RANK" not in os.environ:
-        return launch(args, sys.argv[1:] if arguments is None else arguments)
-    return run_benchmark(benchmark, args, OneEngine(rank_and_world(), make_engine), make_encoder)
+    try:
+        if args.data_parallel > 1 and "RANK" not in os.environ:
+            return launch(args, sys.argv[1:] if arguments is None else arguments)
+        return run_benchmark(benchmark, args, OneEngine(rank_and_world(), make_engine), make_encoder)
+    except KeyboardInterrupt:
+        print(f"{benchmark.name}: interrupted; the same command goes on from the answers on disk", file=sys.stderr)
+        return 130
 
 
 def run_benchmark(

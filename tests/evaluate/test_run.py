@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,22 @@ def test_a_line_cut_by_a_kill_is_dropped_and_damage_elsewhere_is_named(tmp_path)
 def test_two_writers_cannot_share_a_file(tmp_path):
     with Writer(tmp_path / "predictions.jsonl"), pytest.raises(BlockingIOError, match="another run"):
         Writer(tmp_path / "predictions.jsonl")
+
+
+def test_ctrl_c_is_told_in_one_line_and_the_same_command_goes_on(toy, tmp_path, capsys):
+    class Interrupted(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            if len(self.asked) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return await super().generate(prompt, sampling, request_id)
+
+    status, (folder,), _ = run(toy, tmp_path, engine=Interrupted(slots=1))
+    told = capsys.readouterr().err
+    assert status == 130 and told == "toy: interrupted; the same command goes on from the answers on disk\n"
+    kept = len(read_predictions(folder))
+    assert 15 <= kept < 60 and not (folder / "results.json").exists()
+    status, _, record = run(toy, tmp_path)
+    assert status == 0 and len(record.engine.asked) == 60 - kept and results_of(folder)["n"] == 60
 
 
 def test_data_parallel_ranks_share_the_videos_and_merge(toy, tmp_path):
