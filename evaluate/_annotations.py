@@ -50,9 +50,14 @@ def find_annotations(data_dir: str | Path, names: tuple[str, ...], explicit: str
                 if not suffix:
                     tried.append(str(path))
     raise AnnotationError(
-        f"no annotation file in {data_dir}: looked for {', '.join(tried)} (also with .xz). "
+        f"no annotation file in {data_dir}: looked for {', '.join(tried)} (also with .xz){no_folder(data_dir)}. "
         f"{hint} Give its path with --annotations FILE if it lies elsewhere."
     )
+
+
+def no_folder(path: str | Path | None) -> str:
+    """What to add to an error about what was looked for in a folder that is not there at all."""
+    return f"; there is no folder {path}" if path and not Path(path).is_dir() else ""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from pathlib import Path
 from typing import Any
 
+from data.video import VideoSettings
 from evaluate._scoring import Benchmark
 
 PRESETS = {  # sampling of the model cards; explicit flags win
@@ -41,7 +44,9 @@ def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     group.add_argument("--prompt_template", help="Jinja2 file for the whole user text (with --prompt direct or think)")
     group.add_argument("--limit", type=int, help="only the first N samples (a folder of its own)")
     group.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap")
-    group.add_argument("--retry_failed", action="store_true", help="try rows that failed once more")
+    group.add_argument(
+        "--retry_failed", action="store_true", help="try rows that failed, or whose files changed, again"
+    )
     group = parser.add_argument_group("how far")
     group.add_argument("--dry_run", action="store_true", help="load, check and show two prompts; no model, no decoding")
     group.add_argument("--preprocess_only", action="store_true", help="decode every video into --cache_dir, then stop")
@@ -74,7 +79,8 @@ def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     group.add_argument("--thinking_budget", type=int, help="tokens of reasoning before a conclusion is forced")
     group.add_argument("--answer_budget", type=int, default=1024, help="tokens after a forced conclusion")
     group = parser.add_argument_group("engine")
-    group.add_argument("--dtype", default="auto", help="vLLM dtype")
+    dtypes = ("auto", "half", "float16", "bfloat16", "float", "float32")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="vLLM dtype")
     group.add_argument("--tensor_parallel", type=int, default=1, help="GPUs per engine")
     group.add_argument("--data_parallel", type=int, default=1, help="engines, each with its share of the videos")
     group.add_argument("--max_model_len", type=int, help="vLLM context length; the model's own if left out")
@@ -109,23 +115,62 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return {**chosen, "max_tokens": args.max_response_tokens, "seed": args.seed}
 
 
+def check_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Values that vLLM would refuse for every request, once the model is loaded; its own bounds (SamplingParams)."""
+    if args.temperature is not None and not args.temperature >= 0:
+        parser.error(f"--temperature must be >= 0, got {args.temperature:g}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top_p must be in (0, 1], got {args.top_p:g}")
+    if args.top_k is not None and args.top_k < -1:
+        parser.error(f"--top_k must be >= 1, or -1 or 0 for all tokens, got {args.top_k}")
+    if args.presence_penalty is not None and not -2 <= args.presence_penalty <= 2:
+        parser.error(f"--presence_penalty must be in [-2, 2], got {args.presence_penalty:g}")
+
+
+def model_problem(model: str, flag: str = "--model") -> str | None:
+    """Why a model cannot be a Hugging Face folder nor the name of a repository ("owner/name"); None if it may be one."""
+    folder = Path(model)
+    if folder.is_dir():
+        held = (folder / "config.json").is_file()
+        return None if held else f"{flag} {model}: no config.json in that folder; give the Hugging Face folder itself"
+    if folder.exists():
+        return f"{flag} {model}: is a file; give the Hugging Face folder"
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) and not (folder.parent.name and folder.parent.is_dir()):
+        return None
+    return f"{flag} {model}: no such folder; correct the path"
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with a usage error for values that would hang or be silently ignored."""
     least = {"limit": 1, "loaders": 1, "max_concurrent": 1, "data_parallel": 1, "tensor_parallel": 1, "max_num_seqs": 1}
-    least |= {"max_response_tokens": 1, "thinking_budget": 1, "answer_budget": 1}
+    least |= {"max_response_tokens": 1, "thinking_budget": 1, "answer_budget": 1, "max_prompt_tokens": 1}
+    least |= {"max_model_len": 1, "max_num_batched_tokens": 1, "image_max_pixels": 1, "total_pixels": 1}
+    least["min_frames"] = 1
     for name, smallest in least.items():
         value = getattr(args, name)
         if value is not None and value < smallest:
             parser.error(f"--{name} must be >= {smallest}, got {value}")
-    for name in ("in_flight_gib", "decode_timeout_s", "request_timeout_s"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} must be > 0, got {getattr(args, name):g}")
+    for name in ("in_flight_gib", "decode_timeout_s", "request_timeout_s", "kv_cache_gib"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} must be > 0, got {value:g}")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        parser.error(f"--gpu_memory_utilization must be in (0, 1], got {args.gpu_memory_utilization:g}")
+    check_sampling(parser, args)
+    try:  # what is wrong whatever the model; the encoder, which knows its tokens' size, looks again
+        VideoSettings(
+            args.fps, args.min_frames, args.max_frames, args.video_min_pixels, args.video_max_pixels, factor=1
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if args.model is None and not (args.dry_run or (args.score_only and args.run_dir)):
         parser.error("--model is needed (a Hugging Face folder); only --dry_run and --score_only --run_dir do without")
     if args.retry_failed and (args.data_parallel > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--retry_failed runs in one process: leave out --data_parallel (and torchrun); failures are few")
     if args.judge_url and not args.judge_model:
         parser.error("--judge_url needs --judge_model, the name of the model at that endpoint")
+    if args.judge_model and not args.judge_url and (problem := model_problem(args.judge_model, "--judge_model")):
+        parser.error(f"{problem}, or name its endpoint with --judge_url")
     if args.judge_labels and not args.judge_model:
         parser.error("--judge_labels needs a judge: --judge_model, and --judge_url for an endpoint")
     if args.judge_labels and not os.path.isfile(args.judge_labels):

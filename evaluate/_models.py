@@ -116,7 +116,10 @@ def build_engine(args: argparse.Namespace, encoder: Encoder) -> Engine:
     if encoder.family == "qwen3_5" and not on_gpu() and args.dtype == "float32":
         raise SystemExit("--dtype float32: vLLM's CPU kernels run Qwen3.5 in bfloat16 only")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    return AsyncVllm(args.model, encoder, **engine_args(args))
+    try:
+        return AsyncVllm(args.model, encoder, **engine_args(args))
+    except ValueError as error:  # --max_model_len beyond the model's, a --tensor_parallel that divides nothing
+        raise SystemExit(f"vLLM refuses these flags or this model: {error}") from error
 
 
 def bytes_per_value(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.records import SCHEMA_VERSION, Sample
+from data.records import SCHEMA_VERSION, Media, Sample, StoredBytes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sources whose change can change what the model is shown or what it answers. Scoring is redone at every run.
@@ -52,6 +52,9 @@ IDENTITY_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+
+
+FAILURES = ("media_error", "load_timeout", "prompt_error", "prompt_too_long", "request_failed", "request_timeout")
 
 
 class DamagedRow(ValueError):
@@ -104,6 +107,47 @@ def run_folder(output_dir: str | Path, benchmark: str, model: str, settings: dic
     if name.startswith(("checkpoint", "step", "hf")) and path.resolve().parent.name:
         name = f"{path.resolve().parent.name}-{name}"
     return Path(output_dir) / benchmark / f"{name}-{digest(settings, 12)}"
+
+
+def media_name(medium: Media) -> Any:
+    """What stands for a medium in a run's key: the names of its files (they may be moved), the digest of its bytes."""
+    if medium.frames:
+        return [Path(frame).name for frame in medium.frames], medium.fps
+    if isinstance(medium.data, StoredBytes):
+        return medium.data.digest
+    return Path(medium.path).name if medium.path else hashlib.sha256(medium.data or b"").hexdigest()
+
+
+def media_files(sample: Sample) -> list[str]:
+    return [path for medium in sample.media for path in (medium.path, *(medium.frames or ())) if path]
+
+
+def media_bytes(sample: Sample) -> int | None:
+    """Size of all files of a sample's media; None if it has none or one is not there."""
+    files = media_files(sample)
+    try:
+        return sum(os.stat(path).st_size for path in files) if files else None
+    except OSError:
+        return None
+
+
+def changed_media(samples: list[Sample], rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Sample id -> "file, bytes then and now" of samples whose answer was given when their files had another size.
+
+    A run's key knows files by name, so that a folder may be moved and a missing video brought later; but a second set of
+    the same names (--media_dir with the videos at a low rate) must not be reported with the first one's answers.
+    """
+    changed = {}
+    for sample in samples:
+        row = rows.get(sample.id)
+        if row is None or row["status"] in FAILURES or "media_bytes" not in row:
+            continue
+        size = media_bytes(sample)
+        if size is not None and size != row["media_bytes"]:
+            changed[sample.id] = (
+                f"{media_files(sample)[0]}, {row['media_bytes']} bytes when it was answered, now {size}"
+            )
+    return changed
 
 
 def write_json(path: Path, value: Any) -> None:

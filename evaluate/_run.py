@@ -22,9 +22,9 @@ from typing import Any
 
 from data.records import Sample
 from evaluate import _predictions as store
-from evaluate._annotations import AnnotationError, resolve_media, unique_ids
+from evaluate._annotations import AnnotationError, no_folder, resolve_media, unique_ids
 from evaluate._engine import Engine, run_pipeline
-from evaluate._flags import build_parser, check_args, sampling_of
+from evaluate._flags import build_parser, check_args, model_problem, sampling_of
 from evaluate._known_bad import mark_known_bad
 from evaluate._ranks import ends_told, launch, rank_and_world, take_gpus, wait_for_ranks
 from evaluate._scoring import FAILURES, Answer, Benchmark, score_row, summarize
@@ -37,7 +37,7 @@ def load_samples(benchmark: Benchmark, args: argparse.Namespace) -> tuple[list[S
     """(samples to answer, samples excluded with a reason, media paths that exist nowhere). Raises AnnotationError."""
     samples = unique_ids(benchmark.load(args))
     if not samples:
-        raise AnnotationError(f"{benchmark.name}: the annotation file holds no records")
+        raise AnnotationError("the annotation file holds no records")
     from rewards import check_gold
 
     def unreadable(sample: Sample) -> str | None:
@@ -55,7 +55,7 @@ def load_samples(benchmark: Benchmark, args: argparse.Namespace) -> tuple[list[S
     kept = [sample for sample in samples if "excluded" not in sample.extra]
     if not kept:
         reasons = sorted({sample.extra["excluded"] for sample in excluded})
-        raise AnnotationError(f"{benchmark.name}: all {len(samples)} records are excluded: {'; '.join(reasons)}")
+        raise AnnotationError(f"all {len(samples)} records are excluded: {'; '.join(reasons)}")
     return kept[: args.limit], excluded, absent
 
 
@@ -72,6 +72,21 @@ def style_and_template(benchmark: Benchmark, args: argparse.Namespace) -> tuple[
     if args.prompt in benchmark.prompts:
         return "direct", VERBATIM
     return args.prompt, args.prompt_template
+
+
+def check_template(benchmark: Benchmark, args: argparse.Namespace, first: Sample) -> None:
+    """Raises AnnotationError for a --prompt_template that is not there, is no Jinja2 or fails on the first sample: it would
+    fail on all of them, once the model is loaded."""
+    if not args.prompt_template:
+        return
+    if not Path(args.prompt_template).is_file():
+        raise AnnotationError(f"--prompt_template {args.prompt_template}: no such file")
+    from data.prompts import build_messages
+
+    try:
+        build_messages(prompt_samples(benchmark, args, [first])[first.id], *style_and_template(benchmark, args))
+    except ValueError as error:
+        raise AnnotationError(str(error)) from error
 
 
 def versions() -> dict[str, str]:
@@ -98,10 +113,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything that can change an answer; its hash names the run folder."""
     style, template = style_and_template(benchmark, args)
-    media = [
-        [(m.kind, Path(m.path).name if m.path else len(m.data or b""), m.start_s, m.end_s) for m in sample.media]
-        for sample in samples
-    ]
+    media = [[(m.kind, store.media_name(m), m.start_s, m.end_s) for m in sample.media] for sample in samples]
     texts = [(s.id, prompts[s.id].question, prompts[s.id].options, s.problem_type) for s in samples]
     frames = ("fps", "min_frames", "max_frames", "video_min_pixels", "video_max_pixels", "total_pixels", "resize")
     frames += ("sampling", "decoder", "image_max_pixels", "max_prompt_tokens")
@@ -126,7 +138,8 @@ def open_folder(benchmark: Benchmark, args: argparse.Namespace, settings: dict[s
     if args.run_dir is None:
         folder = store.run_folder(args.output_dir, benchmark.name, args.model, settings)
         if args.score_only and not (folder / "run.json").is_file():
-            others = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
+            # A run that was refused before its first answer (a wrong --thinking) leaves a folder with nothing to score.
+            others = sorted({str(path.parent) for path in folder.parent.glob("*/predictions*.jsonl")})
             raise AnnotationError(
                 f"--score_only: no run with these settings ({folder}); name its folder with --run_dir, which works "
                 f"without --model too. There are: {', '.join(others) or 'none'}"
@@ -186,7 +199,7 @@ def dry_run(benchmark: Benchmark, args: argparse.Namespace, kept, excluded, abse
     for reason, n in sorted({s.extra["excluded"]: 0 for s in excluded}.items()):
         n = sum(s.extra["excluded"] == reason for s in excluded)
         print(f"  excluded: {n} ({reason})")
-    for sample in (kept[0], kept[-1]):
+    for sample in (kept[0], kept[-1])[: len(kept)]:
         print(f"\n--- {sample.id} [{sample.problem_type}], gold {str(sample.answer)[:80]!r}")
         print(render_preview(prompts[sample.id], style, template))
     return 0
@@ -249,9 +262,13 @@ def main(
 ) -> int:
     """Runs a benchmark program; the exit status. Tests bring their own engine and encoder."""
     args = parse(benchmark, build_parser(benchmark), arguments)
-    if args.data_parallel > 1 and "RANK" not in os.environ:
-        return launch(args, sys.argv[1:] if arguments is None else arguments)
-    return run_benchmark(benchmark, args, OneEngine(rank_and_world(), make_engine), make_encoder)
+    try:
+        if args.data_parallel > 1 and "RANK" not in os.environ:
+            return launch(args, sys.argv[1:] if arguments is None else arguments)
+        return run_benchmark(benchmark, args, OneEngine(rank_and_world(), make_engine), make_encoder)
+    except KeyboardInterrupt:
+        print(f"{benchmark.name}: interrupted; the same command goes on from the answers on disk", file=sys.stderr)
+        return 130
 
 
 def run_benchmark(
@@ -263,21 +280,25 @@ def run_benchmark(
         if args.score_only and args.run_dir:
             args.limit = limit_of_run(args)
         kept, excluded, absent = load_samples(benchmark, args)
+        if not (args.score_only and args.run_dir):
+            check_template(benchmark, args, kept[0])
         if args.dry_run:
-            return dry_run(benchmark, args, kept, excluded, absent)
+            return 0 if rank else dry_run(benchmark, args, kept, excluded, absent)
         wanted = {m.path for sample in kept for m in sample.media if m.path}
         absent = sorted(wanted.intersection(absent))
         if absent and len(absent) == len(wanted) and not args.score_only:
             raise AnnotationError(
-                f"{benchmark.name}: none of its {len(absent)} media files is there (first: {absent[0]}). "
+                f"none of its {len(absent)} media files is there (first: {absent[0]}){no_folder(args.media_dir)}. "
                 "Give their folder with --media_dir"
             )
+        if make_encoder is None and not args.score_only and (problem := model_problem(args.model)):
+            raise AnnotationError(problem)
         prompts = prompt_samples(benchmark, args, kept)
         if args.score_only and args.run_dir:
             folder = folder_to_score(benchmark, args)
         else:
             folder = open_folder(benchmark, args, settings_of(benchmark, args, kept, prompts))
-        if absent and rank == 0:
+        if absent and rank == 0 and not args.score_only:  # scoring needs no videos
             print(f"{benchmark.name}: {len(absent)} media files are missing (first: {absent[0]}); they count as wrong")
         with store.FolderLock(folder) if rank == 0 else nullcontext():
             store.read_predictions(folder)  # damage is told now, not after the answers
@@ -300,7 +321,8 @@ def carry_out(benchmark: Benchmark, args, folder: Path, work: tuple, engines: On
     if not args.score_only:
         if args.retry_failed:
             done = store.read_predictions(folder)
-            store.drop_rows(folder, {name for name, row in done.items() if row["status"] in FAILURES})
+            again = {name for name, row in done.items() if row["status"] in FAILURES}
+            store.drop_rows(folder, again | store.changed_media(kept, done).keys())
         with ends_told(folder, engines.place):
             stats = answer_missing(benchmark, args, folder, kept, prompts, engines, make_encoder)
         if args.preprocess_only:
@@ -325,6 +347,12 @@ def answer_missing(
     rank, world = engines.place
     share = store.share(kept, rank, world)
     done = store.read_predictions(folder)
+    if changed := store.changed_media(kept, done):
+        raise AnnotationError(
+            f"{folder} holds answers about other files: {len(changed)} questions' media have another size now "
+            f"(first: {next(iter(changed.values()))}). Name another --output_dir (or --run_dir) for these files, or have "
+            "those questions answered anew with --retry_failed"
+        )
     todo = [sample for sample in share if sample.id not in done]
     name = "predictions.jsonl" if world == 1 else f"predictions.{rank}-of-{world}.jsonl"
     if not todo and not args.preprocess_only:
@@ -344,6 +372,8 @@ def answer_missing(
         row = {"id": row["id"], "benchmark": benchmark.name, **row, "video": Answer(sample, row, None).video}
         if sample.extra.get("outside_primary"):
             row["outside_primary"] = True
+        if (size := store.media_bytes(sample)) is not None:
+            row["media_bytes"] = size
         return score_row(benchmark, sample, row, args.protocol)
 
     async def run() -> dict[str, Any]:
@@ -442,6 +472,10 @@ def finish(benchmark: Benchmark, args, folder: Path, kept: list[Sample], exclude
     store.write_json(folder / "results.json", results)
     write_report(folder, results, answers)
     print_results(results, folder)
+    if failed:
+        sample, row = failed[0]
+        first = f"{sample.id}: {row['status']}: {row['reason']}"
+        print(f"{benchmark.name}: {len(failed)} failed, listed in {folder / 'failed.jsonl'}; first {first:.300}")
     if results["n_missing"]:
         print(f"{benchmark.name}: {results['n_missing']} samples have no answer yet; run the command again")
         return 4

@@ -14,8 +14,8 @@ from typing import Any
 
 from data.records import SCHEMA_VERSION, Sample
 from evaluate._bootstrap import Estimate, Resampler
+from evaluate._predictions import FAILURES
 
-FAILURES = ("media_error", "load_timeout", "prompt_error", "prompt_too_long", "request_failed", "request_timeout")
 UNJUDGED = "unjudged"
 
 

@@ -194,6 +194,9 @@ def main(
         names = list(dict.fromkeys(own.benchmarks))
         accepted, refused = read_flags(names, [*flags, "--data_parallel", str(own.data_parallel)])
         rank, world = place = rank_and_world()
+        for flag, holds in (("annotations", "one benchmark's questions"), ("run_dir", "one benchmark's run")):
+            if len(names) > 1 and any(getattr(args, flag) for _, args in accepted.values()):
+                parser.error(f"--{flag} names {holds}: give one name with --benchmarks, or leave it out")
         statuses = dict.fromkeys(refused, 2)
         if rank == 0:
             tell_refused(refused)

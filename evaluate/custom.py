@@ -12,8 +12,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import os
 import re
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 
 from data.dataset import BadDataset
 from data.dataset import load as load_dataset
@@ -25,9 +27,34 @@ from evaluate._scoring import Answer, Benchmark, Metrics, accuracy
 from rewards import check_gold
 
 
+def load_rows(files: list[str], media_dir: str | None) -> list[Sample]:
+    """Every row of dataset files, also where a video is missing or empty: its answer fails with that reason, and the others
+    are given. Raises BadDataset naming all rows that can be no question, or ValueError."""
+    read: list[Sample] = []
+
+    def note(sample: Sample) -> str | None:
+        problem = check_gold(sample)
+        if problem is None:
+            read.append(sample)
+        return problem
+
+    try:
+        return load_dataset(files, media_dir=media_dir, check_gold=note)
+    except BadDataset as error:
+        places = {(sample.file, sample.line) for sample in read}
+        if unusable := [problem for problem in error.problems if (problem["file"], problem["line"]) not in places]:
+            raise BadDataset(unusable) from None
+    seen: set[str] = set()
+    for sample in read:  # ids and paths as they are when all files are there
+        sample.id = f"{sample.id}@{sample.file}:{sample.line}" if sample.id in seen else sample.id
+        seen.add(sample.id)
+        sample.media = tuple(replace(m, path=os.path.abspath(m.path)) if m.path else m for m in sample.media)
+    return read
+
+
 def load(args: Namespace) -> list[Sample]:
     try:
-        samples = load_dataset(args.data, media_dir=args.media_dir, check_gold=check_gold)
+        samples = load_rows(args.data, args.media_dir)
     except (BadDataset, ValueError) as error:
         raise AnnotationError(str(error)) from error
     for sample in samples:

@@ -199,6 +199,12 @@ def main(arguments: list[str] | None = None) -> int:
                 if run is None or metric != primary:
                     differences.append("")
                     continue
+                protocols = [each.results.get("protocol") for each in (base, run)]
+                if protocols[0] != protocols[1]:  # the scores of one and the same answer are other numbers
+                    differences.append("not compared")
+                    notes.append(f"{benchmark}: {name} was scored with protocol {protocols[1]}, {names[0]} with "
+                                 f"{protocols[0]}: no difference is given")  # fmt: skip
+                    continue
                 found = compare(base, run)
                 differences.append(describe(found))
                 figures[f"{benchmark}: {name}"] = figure_of(found)

@@ -186,6 +186,18 @@ def test_flags_that_a_benchmark_does_not_know_are_told_by_its_name_before_anythi
     assert not list(tmp_path.rglob("run.json"))
 
 
+@pytest.mark.parametrize("flag", ["--annotations", "--run_dir"])
+def test_flags_that_name_one_benchmarks_files_are_refused_for_several(flag, data, tmp_path, capsys):
+    """minerva.json would be read, answered and reported as LVBench, too: all programs read the toolkit's layout."""
+    value = str(data / "minerva.json" if flag == "--annotations" else tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(data, tmp_path / "out", flag, value)
+    assert stopped.value.code == 2 and f"{flag} names one benchmark's" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("run.json"))
+    assert evaluate(data, tmp_path / "out", flag, value, benchmarks=("minerva",)) == (0, ["start 0", "close 0"])
+    assert len(list(tmp_path.rglob("run.json"))) == 1
+
+
 def test_a_program_that_ends_itself_ends_only_its_benchmark(data, tmp_path, capsys):
     def cannot(args, encoder):
         raise SystemExit("--dtype float32: vLLM's CPU kernels run Qwen3.5 in bfloat16 only")
@@ -329,6 +341,11 @@ def test_launcher_gives_the_program_its_flags_and_ends_with_its_status(chosen, g
     del env["MODEL"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "MODEL=FOLDER is needed" in done.stderr
+    (tmp_path / "noted").unlink()
+    done = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("Evaluates a model on many benchmarks in one process (evaluate/all.py)")
+    assert all(f"{name}: " in done.stdout for name in ("MODEL", "DATA_DIR", "BENCHMARKS", "REELRL_VENV"))
+    assert "set -euo" not in done.stdout and (tmp_path / "noted").read_text().split("\0")[-2] == "--help"
 
 
 def test_the_default_list_names_programs_that_exist_once_each():
@@ -336,34 +353,46 @@ def test_the_default_list_names_programs_that_exist_once_each():
     assert sorted(program.BENCHMARKS) == sorted(every)
 
 
+SMALL = "--dtype float32 --max_frames 4 --video_max_pixels 4096 --max_response_tokens 12 --max_num_seqs 8 --max_model_len 4096"
+
+
+def run_really(model: Path, data: Path, out: Path, *program: str) -> subprocess.CompletedProcess:
+    """A program with vLLM and a tiny model, in a process of its own."""
+    command = [sys.executable, *program, "--model", str(model), "--data_dir", str(data), "--output_dir", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "REAL": "1"}
+    done = subprocess.run([*command, *SMALL.split()], env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
 @pytest.mark.slow
 def test_a_real_engine_answers_both_as_their_own_programs_do(data, tiny, tmp_path):
-    flags = ["--model", str(tiny("qwen3_vl")), "--data_dir", str(data), "--dtype", "float32", "--max_frames", "4"]
-    flags += [
-        "--video_max_pixels",
-        "4096",
-        "--max_response_tokens",
-        "12",
-        "--max_num_seqs",
-        "8",
-        "--max_model_len",
-        "4096",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "REAL": "1"}
-
-    def run(file: str, out: str, *more: str) -> str:
-        command = [sys.executable, str(ROOT / file), *flags, "--output_dir", str(tmp_path / out), *more]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stderr
-
-    said = run("tests/evaluate/test_all.py", "all", "--benchmarks", *TWO)
-    assert said.count("engine started") == 1
+    model = tiny("qwen3_vl")
+    done = run_really(model, data, tmp_path / "all", "tests/evaluate/test_all.py", "--benchmarks", *TWO)
+    assert done.stderr.count("engine started") == 1
     for name, n in zip(TWO, (12, 11)):
-        run(f"evaluate/{name}.py", "alone")
+        run_really(model, data, tmp_path / "alone", f"evaluate/{name}.py")
         alone = answers(tmp_path / "alone", name)
         assert len(alone) == n and any(response for response, _ in alone.values())
         assert answers(tmp_path / "all", name) == alone
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_real_engine_per_rank_and_their_answers_are_those_of_one_process(data, tiny, tmp_path):
+    """Two ranks: 6 + 6 questions of minerva, 5 + 6 of lvbench, whose answers are compared with its own program's."""
+    model, torchrun = tiny("qwen3_vl"), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_really(model, data, tmp_path / "two", *torchrun, "tests/evaluate/test_all.py", "--benchmarks", *TWO)
+    assert done.stderr.count("engine started") == 2 and done.stdout.count("[evaluate] all done") == 1
+    said = [f"[{name} rank {rank}] {n}/{n}, 0 failed" for name, rank, n in (
+        ("minerva", 0, 6), ("minerva", 1, 6), ("lvbench", 0, 5), ("lvbench", 1, 6)
+    )]  # fmt: skip
+    assert all(done.stdout.count(line) == 1 for line in said), done.stdout
+    for name, n in zip(TWO, (12, 11)):
+        assert len(answers(tmp_path / "two", name)) == n
+        left = {path.name for path in next((tmp_path / "two" / name).iterdir()).iterdir()}
+        assert left == {".lock", "predictions.jsonl", "report.html", "results.json", "run.json"}
+    run_really(model, data, tmp_path / "alone", "evaluate/lvbench.py")
+    assert answers(tmp_path / "two", "lvbench") == answers(tmp_path / "alone", "lvbench")
 
 
 def run_as_program() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from data.records import Media, StoredBytes
 from evaluate import custom
+from evaluate._flags import model_problem
 from evaluate._judge import read_labels
-from evaluate._predictions import Writer, read_predictions
+from evaluate._predictions import Writer, media_name, read_predictions
 from evaluate._report import answer_html
 from evaluate._run import main
 from evaluate._scoring import Answer
 from scripts import compare_runs
-from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, load, write_toy
+from tests.evaluate.fakes import TOY, FakeEngine, fake_parts, load, write_clip, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = [sys.executable, str(ROOT / "tests/evaluate/fakes.py")]
@@ -91,6 +94,165 @@ def test_line_separators_inside_strings_cut_no_line(tmp_path, capsys):
     label = {"question": "?\u2028", "gold": "a", "answer": "b", "label": 0}
     (tmp_path / "labels.jsonl").write_text(json.dumps(label, ensure_ascii=False) + "\n")
     assert len(read_labels(str(tmp_path / "labels.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{}/absent", "no such folder; correct the path"),
+        ("./absent", "no such folder; correct the path"),
+        ("runs/mine/final", "no such folder; correct the path"),
+        ("tests/absent", "no such folder; correct the path"),  # beside folders that are there: no repository's name
+        ("{}/empty", "no config.json in that folder"),
+        ("{}/empty/file", "is a file"),
+    ],
+)
+def test_a_model_that_is_none_is_told_before_a_run_folder_is_made(model, said, toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/file").touch()
+    model, out = model.format(tmp_path), tmp_path / "out"
+    assert main(TOY, ["--model", model, "--data_dir", str(toy), "--output_dir", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"toy: --model {model}: ") and said in told and told.count("\n") == 1
+    assert not out.exists()
+
+
+def test_the_name_of_a_repository_may_be_one():
+    assert model_problem("owner/some-model_2.5") is None and model_problem("some-model") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("{% if %}", "line 1: Expected an expression"),
+        ("{{ nothing.at_all }}", "fails on sample 000-0: 'nothing' is undefined"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_template_that_fails_is_told_before_anything_runs(content, said, more, toy, tmp_path, capsys):
+    template = tmp_path / "own.jinja"
+    if content is not None:
+        template.write_text(content)
+    flags = ["--prompt_template", str(template), "--output_dir", str(tmp_path / "out"), *more]
+    assert run(toy, *flags) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"toy: --prompt_template {template}") and said in told and not (tmp_path / "out").exists()
+    (tmp_path / "good.jinja").write_text("{{ question }} Say a letter.")
+    flags[1] = str(tmp_path / "good.jinja")
+    assert run(toy, *flags, "--limit", "2") == 0
+
+
+def test_errors_name_the_benchmark_once_and_folders_that_are_not_there(toy, tmp_path, capsys):
+    flags = ["--output_dir", str(tmp_path / "out")]
+    assert run(tmp_path / "absent", *flags) == 2
+    assert f"there is no folder {tmp_path / 'absent'}. " in capsys.readouterr().err
+    (tmp_path / "toy.json").write_text((toy / "toy.json").read_text())
+    assert run(tmp_path, *flags, "--media_dir", str(tmp_path / "films")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("toy: none of its 20 media files is there (first: ")
+    assert f"there is no folder {tmp_path / 'films'}. " in said
+
+
+def custom_rows(toy: Path, folder: Path) -> Path:
+    """The toy's first ten clips, two questions each, as a file of the dataset format beside their files."""
+    rows = [row for row in json.loads((toy / "toy.json").read_text()) if row["problem_id"] < "010"]
+    shutil.copytree(toy / "clips", folder / "clips")
+    rows = [{**row, "videos": [row["path"]]} for row in rows if not row["problem_id"].endswith("-2")]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "mine.jsonl"
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_custom_data_with_missing_and_empty_videos_ends_with_their_rows_as_failures(
+    relative, toy, tmp_path, capsys, monkeypatch
+):
+    """10 clips of two questions: one file is gone, one is empty. They fail; the others are answered; all are in the score."""
+    file, out = custom_rows(toy, tmp_path), tmp_path / "out"
+    good = (tmp_path / "clips/003.mp4").read_bytes()
+    (tmp_path / "clips/003.mp4").unlink()
+    (tmp_path / "clips/007.mp4").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "mine.jsonl" if relative else str(file), "--output_dir", str(out)]
+    engine = FakeEngine(lambda text: "<answer>A</answer>")
+    assert run(tmp_path, *flags, engine=engine, benchmark=custom.BENCHMARK) == 0
+    assert len(engine.asked) == 16
+    (folder,) = [path.parent for path in out.rglob("run.json")]
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["n"], results["n_failed"], results["failures"]) == (20, 4, {"media_error": 4})
+    # (clip + question) % 4 == 0 is right: 0-0, 4-0, 8-0 and 3-1 (gone), 7-1 (empty)
+    assert results["metrics"]["accuracy"]["value"] == pytest.approx(3 / 20)
+    failed = [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
+    gone, empty = str(tmp_path / "clips/003.mp4"), str(tmp_path / "clips/007.mp4")
+    assert [(row["line"], row["path"]) for row in failed] == [(7, gone), (8, gone), (15, empty), (16, empty)]
+    said = capsys.readouterr().out
+    assert f"custom: 1 media files are missing (first: {gone})" in said
+    assert (
+        f"custom: 4 failed, listed in {folder / 'failed.jsonl'}; first 003-0: media_error: {gone}: does not exist"
+        in said
+    )
+
+    (tmp_path / "clips/003.mp4").write_bytes(good)  # brought later: the same run goes on
+    engine = FakeEngine(lambda text: "<answer>A</answer>")
+    assert run(tmp_path, *flags, "--retry_failed", "--strict", engine=engine, benchmark=custom.BENCHMARK) == 3
+    assert [name.split("-", 1)[1] for name in engine.asked] == ["003-0", "003-1"]
+    assert [path.parent for path in out.rglob("run.json")] == [folder]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["n_failed"] == 2 and results["metrics"]["accuracy"]["value"] == pytest.approx(4 / 20)
+
+    shutil.rmtree(tmp_path / "clips")  # scoring again needs no videos
+    assert run(tmp_path, *flags, "--score_only", benchmark=custom.BENCHMARK) == 0
+    assert json.loads((folder / "results.json").read_text())["metrics"] == results["metrics"]
+
+
+def test_custom_data_with_unusable_rows_is_refused_naming_them_alone(toy, tmp_path, capsys):
+    file = custom_rows(toy, tmp_path)
+    (tmp_path / "clips/003.mp4").unlink()
+    rows = file.read_text().splitlines()
+    rows[4] = rows[4].replace("<answer>C</answer>", "<answer>Q</answer>")
+    file.write_text("\n".join(rows))
+    flags = ["--data", str(file), "--output_dir", str(tmp_path / "out")]
+    assert run(tmp_path, *flags, benchmark=custom.BENCHMARK) == 2
+    said = capsys.readouterr().err
+    assert "1 unusable rows" in said and f"{file}:5: " in said and "003.mp4" not in said
+
+
+def test_other_files_under_the_same_names_are_not_reported_with_the_first_ones_answers(toy, tmp_path, capsys):
+    """--media_dir with the same clips cut short: prompts, names and settings are equal, the pixels are not."""
+    for clip in range(20):
+        write_clip(tmp_path / f"short/clips/{clip:03d}.mp4", seed=clip, seconds=0.5)
+    sizes = [(folder / "clips/000.mp4").stat().st_size for folder in (toy, tmp_path / "short")]
+    flags = ["--output_dir", str(tmp_path / "out")]
+    assert run(toy, *flags, "--media_dir", str(toy)) == 0
+    (folder,) = [path.parent for path in (tmp_path / "out").rglob("run.json")]
+    rows = read_predictions(folder)
+    assert rows["000-0"]["media_bytes"] == sizes[0] != sizes[1]
+    assert run(toy, *flags, "--media_dir", str(tmp_path / "short")) == 2
+    said = capsys.readouterr().err
+    first = f"{tmp_path}/short/clips/000.mp4, {sizes[0]} bytes when it was answered, now {sizes[1]}"
+    assert f"holds answers about other files: 60 questions' media have another size now (first: {first})" in said
+    assert read_predictions(folder) == rows
+    assert run(toy, *flags, "--media_dir", str(tmp_path / "short"), "--score_only") == 0  # scores what is there
+    shutil.copytree(toy / "clips", tmp_path / "moved/clips")
+    assert run(toy, *flags, "--media_dir", str(tmp_path / "moved")) == 0  # a folder may be moved
+    assert run(toy, "--output_dir", str(tmp_path / "new"), "--media_dir", str(tmp_path / "short")) == 0
+    shutil.copy(tmp_path / "short/clips/000.mp4", tmp_path / "moved/clips/000.mp4")  # one was downloaded again
+    engine = FakeEngine()
+    assert run(toy, *flags, "--media_dir", str(tmp_path / "moved"), "--retry_failed", engine=engine) == 0
+    assert sorted(name.split("-", 1)[1] for name in engine.asked) == ["000-0", "000-1", "000-2"]
+    sizes_now = [row["media_bytes"] for name, row in read_predictions(folder).items() if name.startswith("000")]
+    assert sizes_now == [sizes[1]] * 3 and len(read_predictions(folder)) == 60
+
+
+def test_media_that_are_bytes_or_lists_of_frames_are_known_by_what_they_hold():
+    stored = StoredBytes("abc", 5, "f.parquet", 0, ("video",))
+    # of b"frame": sha256 as the tool sha256sum prints it
+    digest = "9dff50df08c635815f4b19da10f756605a34a79a48d4ba48712782502975a70e"
+    names = [media_name(m) for m in (Media("video", path="/a/v.mp4"), Media("video", data=stored))]
+    assert names == ["v.mp4", "abc"]
+    assert media_name(Media("video", frames=("/a/1.png", "/b/2.png"), fps=2.0)) == (["1.png", "2.png"], 2.0)
+    assert media_name(Media("image", data=b"frame")) == digest
 
 
 def test_an_output_folder_that_cannot_be_made(toy, tmp_path, capsys):

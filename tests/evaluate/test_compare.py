@@ -44,6 +44,20 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     assert bars == [560 * 0.25, 560 * 0.625]
 
 
+def test_no_difference_is_given_between_two_protocols(tmp_path, capsys):
+    """ "A" is right once of four times in both, but accuracy and mean_acc are two metrics."""
+    write_toy(tmp_path / "toy", clips=4, questions=1)
+    for protocol in ("official", "easyvideor1"):
+        run(tmp_path / "toy", tmp_path / protocol, lambda text: "A", "--protocol", protocol)
+    capsys.readouterr()
+    places = [str(tmp_path / "official"), str(tmp_path / "easyvideor1")]
+    assert compare_runs.main([*places, "--json", str(tmp_path / "f.json")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not compared" in said and "25.0 (" in said and " p " not in said.split("difference:")[0]
+    assert "easyvideor1 was scored with protocol easyvideor1, official with official: no difference is given" in said
+    assert json.loads((tmp_path / "f.json").read_text()) == {}
+
+
 def test_controls_outside_the_primary_score_are_not_paired(tmp_path):
     """Clip 2 is a control: 4 of 6 questions count. "A" is right for clip 0, question 0 alone; all "B" for two of four."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_a_tenth_of_broken_videos_of_every_kind(tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--strict")[0] == 3
 
 
+@pytest.mark.parametrize(("limit", "shown"), [("1", 1), ("2", 2), ("60", 2)])
+def test_dry_run_shows_each_prompt_once_and_needs_no_model(limit, shown, toy, tmp_path, capsys, monkeypatch):
+    command = ["--data_dir", str(toy), "--output_dir", str(tmp_path), "--dry_run", "--limit", limit]
+    assert main(TOY, command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"Toy: {limit} questions, ") and said.count("\n--- ") == shown
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")  # of several ranks the first one speaks
+    assert main(TOY, command) == 0 and capsys.readouterr().out == ""
+
+
 def test_missing_media_and_annotations_say_what_to_do(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out")[0] == 2
@@ -170,7 +182,9 @@ def test_score_only_without_a_run_names_those_that_exist(toy, tmp_path, capsys):
     "flags",
     ["--loaders 0", "--limit 0", "--limit -1", "--data_parallel 0", "--max_concurrent 0", "--in_flight_gib 0",
      "--decode_timeout_s 0", "--max_response_tokens 0", "--cache require", "--preprocess_only",
-     "--retry_failed --data_parallel 2"],
+     "--retry_failed --data_parallel 2", "--fps 0", "--min_frames 0", "--max_frames 3", "--video_max_pixels 100",
+     "--temperature -1", "--top_p 1.5", "--top_k -2", "--presence_penalty 3", "--max_model_len 0", "--kv_cache_gib 0",
+     "--gpu_memory_utilization 1.2", "--dtype floaty", "--judge_model /no/such/judge"],
 )  # fmt: skip
 def test_flags_that_would_hang_or_be_ignored_are_usage_errors(flags, toy, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -259,6 +273,22 @@ def test_a_line_cut_by_a_kill_is_dropped_and_damage_elsewhere_is_named(tmp_path)
 def test_two_writers_cannot_share_a_file(tmp_path):
     with Writer(tmp_path / "predictions.jsonl"), pytest.raises(BlockingIOError, match="another run"):
         Writer(tmp_path / "predictions.jsonl")
+
+
+def test_ctrl_c_is_told_in_one_line_and_the_same_command_goes_on(toy, tmp_path, capsys):
+    class Interrupted(FakeEngine):
+        async def generate(self, prompt, sampling, request_id):
+            if len(self.asked) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return await super().generate(prompt, sampling, request_id)
+
+    status, (folder,), _ = run(toy, tmp_path, engine=Interrupted(slots=1))
+    told = capsys.readouterr().err
+    assert status == 130 and told == "toy: interrupted; the same command goes on from the answers on disk\n"
+    kept = len(read_predictions(folder))
+    assert 15 <= kept < 60 and not (folder / "results.json").exists()
+    status, _, record = run(toy, tmp_path)
+    assert status == 0 and len(record.engine.asked) == 60 - kept and results_of(folder)["n"] == 60
 
 
 def test_data_parallel_ranks_share_the_videos_and_merge(toy, tmp_path):
