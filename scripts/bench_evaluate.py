@@ -1,15 +1,17 @@
 """The evaluation pipeline against the obvious loop and against whole-batch generation: same engine, same clips, one run.
 
     python scripts/bench_evaluate.py --model DIR [--clips 24] [--questions 3] [--frames 8] [--rounds 3] [--cached]
-        [--ways loop batch pipeline]
+        [--ways loop batch engine pipeline] [--engine_cores 1]
 
-Three ways through the same questions: `loop` (load, generate, next), `batch` (load everything, then submit everything) and
+Ways through the same questions: `loop` (load, generate, next), `batch` (load everything, then submit everything) and
 `pipeline` (evaluate/_engine.py); the first two leave it to vLLM to make patches of frames, as a script of one's own would.
+`engine` is the engine alone: everything was loaded and rendered by the pipeline's functions before its clock starts.
 Rounds are interleaved, prefix caches are emptied between runs, medians count; figures that compare with a way left out by
 --ways are left out too. The bound is the larger of the loading CPU time (decoding, prompt, patches) spread over the loaders'
-cores and the time from submitting the whole batch to its last answer, vLLM's own making of patches included. Where the
-engine computes on the same cores (no GPU), that bound promises the engine a core that the loaders take away, so a second one
-is given: CPU seconds of loading and of the engine's processes for the whole batch, over the cores.
+cores and the time from submitting the whole batch to its last answer: of `engine` if it is run, else of `batch`, with vLLM's
+own making of patches. Where the engine computes on the same cores (no GPU), that bound promises the engine a core that the
+loaders take away. So there is a second one, CPU seconds of loading and of the engine's processes for the whole batch over
+the cores; and --engine_cores N gives N cores to the engine alone and the others to all else, as a GPU is the engine's alone.
 --cached decodes into a frame cache first, as after data/preprocess.py. With a GPU, gpu_idle_share is what NVML says of it while
 the way runs: the share of samples' windows without a running kernel.
 """
@@ -40,7 +42,8 @@ from evaluate._flags import build_parser
 from evaluate._models import build_encoder, build_engine, limits_of
 from evaluate._scoring import Benchmark
 
-WAYS = ("loop", "batch", "pipeline")
+WAYS = ("loop", "batch", "engine", "pipeline")
+USUAL_WAYS = ("loop", "batch", "pipeline")
 
 
 def write_clip(path: Path, seed: int, seconds: float, width: int, height: int, fps: int = 24) -> None:
@@ -141,6 +144,17 @@ async def batch_way(samples, encoder, engine, sampling) -> dict:
     return {"load_s": loaded - began, "engine_s": engine_s, "engine_cpu_s": cpu_seconds() - used}
 
 
+async def engine_way(samples, encoder, engine, sampling, frames) -> dict:
+    """Everything was loaded and rendered before: what the engine takes if it never waits."""
+    prompts = [prompt for prompt, _ in rendered(samples, encoder, engine, frames)]
+    began, used = time.perf_counter(), cpu_seconds()
+    await asyncio.gather(
+        *(engine.generate(p, sampling, f"e{i}-{time.perf_counter_ns()}") for i, p in enumerate(prompts))
+    )
+    engine_s = time.perf_counter() - began
+    return {"engine_s": engine_s, "engine_cpu_s": cpu_seconds() - used, "seconds": engine_s}
+
+
 async def pipeline_way(samples, encoder, engine, sampling, limits, frames) -> dict:
     rows: list[dict] = []
     stats = await run_pipeline(
@@ -155,20 +169,25 @@ async def pipeline_way(samples, encoder, engine, sampling, limits, frames) -> di
 
 async def measure(args, run_args, samples) -> dict:
     encoder, frames = build_encoder(run_args, "direct", None)
+    rest = take_cores(args.engine_cores) if args.engine_cores else None
     engine = build_engine(run_args, encoder)
+    if rest:
+        move_to(rest)
     sampling = {"temperature": 0.0, "max_tokens": args.response_tokens, "min_tokens": args.response_tokens}
     limits = limits_of(run_args)
-    cores = min(args.loaders, len(os.sched_getaffinity(0)))
+    cores = min(args.loaders, len(rest or os.sched_getaffinity(0)))
 
     ways = {
         "loop": lambda: loop_way(samples, encoder, engine, sampling),
         "batch": lambda: batch_way(samples, encoder, engine, sampling),
+        "engine": lambda: engine_way(samples, encoder, engine, sampling, frames),
         "pipeline": lambda: pipeline_way(samples, encoder, engine, sampling, limits, frames),
     }
     ways = {name: way for name, way in ways.items() if name in args.ways}
     times: dict[str, list[float]] = {name: [] for name in ways}
     facts: dict[str, list[dict]] = {name: [] for name in ways}
     gpu_idle: dict[str, list[float | None]] = {name: [] for name in ways}
+    loading: list[float] = []
     try:
         for sample in samples[:2]:  # warm up: kernels, decoder, tokenizer
             prompt = encoder.encode(sample)
@@ -183,10 +202,13 @@ async def measure(args, run_args, samples) -> dict:
                 began = time.perf_counter()
                 with GpuWatch() as watch:
                     facts[name].append(await way())
-                times[name].append(time.perf_counter() - began)
+                times[name].append(facts[name][-1].get("seconds", time.perf_counter() - began))
                 gpu_idle[name].append(watch.idle_share)
                 print(f"  {name}: {times[name][-1]:.2f} s, GPU idle {watch.idle_share}", flush=True)
-        load_s = clip_load_time(samples, encoder, engine, frames)
+            if {"batch", "engine"} & ways.keys():
+                loading.append(clip_load_time(samples, encoder, engine, frames))
+        load_s = statistics.median(loading or [clip_load_time(samples, encoder, engine, frames)])
+        machine = len(rest) + args.engine_cores if rest else len(os.sched_getaffinity(0))
     finally:
         engine.close()
     found = {
@@ -197,20 +219,23 @@ async def measure(args, run_args, samples) -> dict:
         "gpu_idle_share": {name: statistics.median(idle) for name, idle in gpu_idle.items() if None not in idle},
         "load_all_clips_once_cpu_s": round(load_s, 3),
     }
-    return found | figures(times, facts, load_s, cores, args.clips)
+    return found | figures(times, facts, load_s, cores, args.clips, machine)
 
 
 def figures(
-    times: dict[str, list[float]], facts: dict[str, list[dict]], load_s: float, cores: int, clips: int
+    times: dict[str, list[float]], facts: dict[str, list[dict]], load_s: float, cores: int, clips: int, machine: int
 ) -> dict[str, float]:
-    """What follows from seconds and facts per way and round; without those that need a way that was not run."""
+    """What follows from seconds and facts per way and round; without those that need a way that was not run.
+
+    cores: of the loaders. machine: theirs and the engine's."""
     middle = {name: statistics.median(values) for name, values in times.items()}
     found: dict[str, float] = {}
-    if "batch" in middle:
-        engine_s = statistics.median(fact["engine_s"] for fact in facts["batch"])
-        engine_cpu_s = statistics.median(fact["engine_cpu_s"] for fact in facts["batch"])
+    alone = next((name for name in ("engine", "batch") if name in middle), None)
+    if alone:
+        engine_s = statistics.median(fact["engine_s"] for fact in facts[alone])
+        engine_cpu_s = statistics.median(fact["engine_cpu_s"] for fact in facts[alone])
         bound_s = max(load_s / cores, engine_s)
-        cpu_bound_s = max(bound_s, (load_s + engine_cpu_s) / len(os.sched_getaffinity(0)))
+        cpu_bound_s = max(bound_s, (load_s + engine_cpu_s) / machine)
         found |= {
             "batched_engine_s": engine_s,
             "batched_engine_cpu_s": engine_cpu_s,
@@ -220,7 +245,8 @@ def figures(
         if "pipeline" in middle:
             found["share_of_bound"] = bound_s / middle["pipeline"]
             found["share_of_bound_with_engine_on_the_same_cores"] = cpu_bound_s / middle["pipeline"]
-            found["times_whole_batch"] = middle["batch"] / middle["pipeline"]
+            if "batch" in middle:
+                found["times_whole_batch"] = middle["batch"] / middle["pipeline"]
     if "pipeline" in middle:
         if "loop" in middle:
             found["times_the_loop"] = middle["loop"] / middle["pipeline"]
@@ -235,16 +261,41 @@ def figures(
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def clip_load_time(samples: list[Sample], encoder, engine, frames) -> float:
-    """CPU seconds of preparing every question on one thread, each video read once: what the loaders have to share."""
-    began, scope, media = time.process_time(), {}, None
+def rendered(samples: list[Sample], encoder, engine, frames):
+    """(what the engine is given, sample) of each question, each video read once, on this thread."""
+    scope, media = {}, None
     for sample in samples:
         if sample.media != media:
             scope, media = {}, sample.media
         frames.use(scope)
-        engine.render(encoder.encode(sample), scope)
+        yield engine.render(encoder.encode(sample), scope), sample
     frames.use(None)
+
+
+def clip_load_time(samples: list[Sample], encoder, engine, frames) -> float:
+    """CPU seconds of preparing every question on one thread: what the loaders have to share."""
+    began = time.process_time()
+    for _ in rendered(samples, encoder, engine, frames):
+        pass
     return time.process_time() - began
+
+
+def take_cores(count: int) -> set[int]:
+    """The first `count` of this process's cores for vLLM's CPU engine, which is made next; returns the others, for us."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 0 < count < len(allowed):
+        raise ValueError(
+            f"--engine_cores {count}: there are {len(allowed)} cores, and one has to be left for the loaders"
+        )
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, allowed[:count]))
+    os.sched_setaffinity(0, allowed[:count])  # the engine's process inherits it
+    return set(allowed[count:])
+
+
+def move_to(cores: set[int]) -> None:
+    """Every thread of this process onto these cores; new ones inherit that."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
 
 
 def main() -> int:
@@ -265,7 +316,10 @@ def main() -> int:
     parser.add_argument("--kv_cache_gib", type=float, help="size of vLLM's KV cache (default: the evaluation's own)")
     parser.add_argument("--dtype", default="auto", help="vLLM dtype")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways are measured")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(USUAL_WAYS), help="which ways are measured")
+    parser.add_argument(
+        "--engine_cores", type=int, default=0, help="without a GPU: cores for the engine alone (0: it shares all)"
+    )
     parser.add_argument("--cached", action="store_true", help="frames from the frame cache, filled before")
     parser.add_argument("--output", help="write the figures here (JSON)")
     args = parser.parse_args()

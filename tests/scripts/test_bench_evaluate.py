@@ -23,10 +23,10 @@ def test_figures_are_those_of_the_ways_that_were_run():
         "engine_idle_share": 0.1, "loader_thread_s_per_clip": 2.0, "rendering_thread_s_per_clip": 0.5,
         "mean_requests_in_engine": 5.0, "peak_in_flight_mib": 9.0,
     }  # fmt: skip
-    assert figures(times, told, 1.0, 2, 4) == {"times_the_loop": 4.0, **alone}
-    assert figures({"pipeline": [3.0]}, told, 1.0, 2, 4) == alone
-    assert figures({"loop": [12.0]}, told, 1.0, 2, 4) == {}
-    batch = figures({"batch": [6.0]}, {"batch": [{"engine_s": 2.0, "engine_cpu_s": 3.0}]}, 10.0, 2, 4)
+    assert figures(times, told, 1.0, 2, 4, 2) == {"times_the_loop": 4.0, **alone}
+    assert figures({"pipeline": [3.0]}, told, 1.0, 2, 4, 2) == alone
+    assert figures({"loop": [12.0]}, told, 1.0, 2, 4, 2) == {}
+    batch = figures({"batch": [6.0]}, {"batch": [{"engine_s": 2.0, "engine_cpu_s": 3.0}]}, 10.0, 2, 4, 2)
     assert (batch["batched_engine_s"], batch["bound_s"]) == (2.0, 5.0) and "share_of_bound" not in batch
 
 
