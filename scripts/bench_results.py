@@ -61,6 +61,15 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--out", default=None, help="results file; continued if it exists")
     flags = parser.parse_args(argv)
+    kept = flags.packed_kept_layers
+    if kept is not None and kept < 0:
+        parser.error(f"--packed_kept_layers must be 0 or more, got {kept}")
+    if kept is not None and "--no-gradient_checkpointing" in flags.train_args.split():
+        # Setting the number switches recomputation on, for the packed variants and then for all.
+        parser.error(
+            f"--packed_kept_layers {kept} with --no-gradient_checkpointing in --train_args: then all variants keep all layers; "
+            "drop one of the two"
+        )
     tiny = flags.size == "tiny"
     for name, small, real in (("frames", 8, 128), ("prompts", 2, 4), ("group_size", 4, 8), ("load_workers", 2, 4)):
         if getattr(flags, name) is None:

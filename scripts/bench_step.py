@@ -153,8 +153,7 @@ def plan_layout(bench: Bench, variant: Variant, batch, args) -> list:
     together = 1 if variant.layout == "rows" else bench.flags.once_rows
     plan = []
     for index, group in enumerate(batch.groups):
-        size = len(group.responses)
-        prompt = group.prompt
+        size, prompt = len(group.responses), group.prompt
         bare = replace(prompt, patches=prompt.patches[:0], grid_thw=prompt.grid_thw[:0])
         for start in range(0, size, together):
             part = group.responses[start : start + together]
@@ -224,7 +223,6 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
     if variant.prefetch:  # what the update did not hide
         with phase(bench, "load"):
             wait_for_prefetch(bench.loaders[variant.source])
-    useful = sum(group_cost(group, bench.shape) for group in groups)
     rows = sum(size * len(group.prompt.input_ids) for group in groups)
     responses = sum(len(response.token_ids) for group in groups for response in group.responses)
     return {
@@ -233,7 +231,7 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
         "prompt_tokens": [len(group.prompt.input_ids) for group in groups],
         "response_tokens": responses,
         "row_tokens": rows + responses,
-        "useful_flops": useful,
+        "useful_flops": sum(group_cost(group, bench.shape) for group in groups),
         "peak_update_gib": peak,
         "freed_by_sleep_gib": round(before - asleep, 2),
         "used_asleep_gib": round(asleep, 2),
@@ -257,12 +255,14 @@ def abs_log_ratio(metrics) -> float:
 def layout_of(policy, variant: Variant, flags: Namespace, args: Namespace):
     """Variant d: each micro-batch is one group's rows, and only the first carries patches; the others repeat its
     features. Packed variants keep their own number of layers."""
-    if variant.layout == "packed" and flags.packed_kept_layers is not None:
-        from train.policy import checkpoint_activations
+    from train.policy import checkpoint_activations
 
+    if variant.layout == "packed" and flags.packed_kept_layers is not None:
         checkpoint_activations(policy.packed.hf, flags.packed_kept_layers, args.kept_vision_layers)
-        yield
-        checkpoint_activations(policy.packed.hf, args.kept_layers, args.kept_vision_layers)
+        try:
+            yield
+        finally:  # after a failed step, too: the next variant has its own
+            checkpoint_activations(policy.packed.hf, args.kept_layers, args.kept_vision_layers)
         return
     if variant.layout != "once":
         yield

@@ -90,17 +90,55 @@ def test_one_step_of_every_kind_of_dataflow(tmp_path):
     assert "times b" in done.stdout
 
 
-def test_packed_variants_keep_their_own_layers_and_rows_the_others():
-    layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]  # --kept_layers 2
+@pytest.fixture
+def five_layers():
+    """(layers, policy) of a decoder with --kept_layers 2, whose library switches recomputation on in all of them."""
+    layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]
 
-    def enable(gradient_checkpointing_kwargs):  # as transformers' does: all of them
+    def enable(gradient_checkpointing_kwargs):
         for layer in layers:
             layer.gradient_checkpointing = True
 
     model = SimpleNamespace(language_model=SimpleNamespace(layers=layers), visual=SimpleNamespace(blocks=[]))
-    policy = SimpleNamespace(packed=SimpleNamespace(hf=SimpleNamespace(model=model, gradient_checkpointing_enable=enable)))
+    return layers, SimpleNamespace(
+        packed=SimpleNamespace(hf=SimpleNamespace(model=model, gradient_checkpointing_enable=enable))
+    )
+
+
+def recomputed(layers) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in layers]
+
+
+def test_packed_variants_keep_their_own_layers_and_rows_the_others(five_layers):
+    layers, policy = five_layers
     flags, args = SimpleNamespace(packed_kept_layers=1), SimpleNamespace(kept_layers=2, kept_vision_layers=0)
     for name, kept in (("b", 2), ("g", 1), ("a", 2), ("e", 1)):
         with layout_of(policy, VARIANTS[name], flags, args):
-            assert [layer.gradient_checkpointing for layer in layers] == [True] * (5 - kept) + [False] * kept
-        assert [layer.gradient_checkpointing for layer in layers] == [True] * 3 + [False] * 2
+            assert recomputed(layers) == [True] * (5 - kept) + [False] * kept
+        assert recomputed(layers) == [True] * 3 + [False] * 2
+
+
+def test_a_step_that_fails_leaves_its_layers_to_nobody(five_layers):
+    layers, policy = five_layers
+    flags, args = SimpleNamespace(packed_kept_layers=4), SimpleNamespace(kept_layers=2, kept_vision_layers=0)
+    with pytest.raises(RuntimeError, match="out of memory"), layout_of(policy, VARIANTS["g"], flags, args):
+        assert recomputed(layers) == [True] + [False] * 4
+        raise RuntimeError("out of memory")
+    assert recomputed(layers) == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--packed_kept_layers", "-1"], "--packed_kept_layers must be 0 or more, got -1"),
+        (
+            ["--packed_kept_layers", "0", "--train_args", "--fused --no-gradient_checkpointing"],
+            "all variants keep all layers",
+        ),
+    ],
+)
+def test_a_number_of_layers_that_would_switch_recomputation_on_is_refused(capsys, words, message):
+    assert parse_flags("", ["--train_args=--no-gradient_checkpointing"]).packed_kept_layers is None
+    with pytest.raises(SystemExit) as stop:
+        parse_flags("", words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
