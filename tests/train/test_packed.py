@@ -28,6 +28,7 @@ from train.group_attention import (
     varlen_packed,
     why_missing,
 )
+from train.linear_attention import responses_as_rows, rows_as_responses
 from train.packed_model import PackedModel
 from train.policy import buffers_to, checkpoint_activations
 from train.token_logprobs import chunked_logprobs
@@ -159,6 +160,29 @@ def test_linear_attention_state_is_forked_not_recomputed(models):
     assert logprobs <= 1e-5 and entropy <= 1e-5
     assert len(towers) == 1
     assert tokens == [sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.responses) for g, _ in cases)]
+
+
+def test_responses_as_rows_and_back_by_hand():
+    """Three responses of 2, 0 and 3 tokens, two values each. Padding sends nothing back."""
+    values = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8], [9, 10]], requires_grad=True)
+    rows = responses_as_rows(values, [2, 0, 3])
+    assert rows.tolist() == [[[1, 2], [3, 4], [0, 0]], [[0, 0]] * 3, [[5, 6], [7, 8], [9, 10]]]
+    assert rows_as_responses(rows, [2, 0, 3]).tolist() == values.tolist()
+    (rows * torch.arange(18.0).view(3, 3, 2)).sum().backward()  # 4, 5 and the second row's 6 to 11 are lost
+    assert values.grad.tolist() == [[0, 1], [2, 3], [12, 13], [14, 15], [16, 17]]
+    scalars = torch.tensor([[1.0], [2.0], [3.0]])
+    assert responses_as_rows(scalars[:, 0], [1, 2]).tolist() == [[1, 0], [2, 3]]
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_linear_attention_recomputed_and_kept(models, kept):
+    """Under checkpointing each layer's recomputation forks the same state again."""
+    with float64_throughout():
+        plain, packed, maker = models("qwen3_5", torch.float64)
+        checkpoint_activations(packed.hf, kept, 1)
+        logprobs, entropy, gradients = compare(plain, packed, [maker.group(*case) for case in PACKS["mixed"]])
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
 
 
 def test_linear_attention_after_a_prompt_shorter_than_its_convolution(models):
