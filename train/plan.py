@@ -333,8 +333,8 @@ def start_ranks(args):
     checkpoint that --resume names or None, its state or {}).
 
     The lock is a file on rank 0 and None on the others: keep it as long as the run, close it at the end. Raises RuntimeError
-    when another run holds --output_dir or a file of the checkpoint is damaged, FileNotFoundError when --resume is not a complete
-    checkpoint.
+    when another run holds --output_dir, when a file of the checkpoint is damaged or not all ranks find the same one,
+    FileNotFoundError when --resume is not a complete checkpoint.
     """
     from train import checkpoint, distributed
 
@@ -342,7 +342,7 @@ def start_ranks(args):
     lock = distributed.lock_run(args.output_dir)
     distributed.init_deepspeed(device)
     seed_everything(args.seed)
-    resumed = checkpoint.find(args.output_dir, args.resume)
+    resumed = checkpoint.find_together(args.output_dir, args.resume)
     if resumed is None:
         return device, lock, None, {}
     if distributed.is_main():
