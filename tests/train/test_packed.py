@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
@@ -32,7 +32,7 @@ from train.linear_attention import responses_as_rows, rows_as_responses
 from train.packed_model import PackedModel
 from train.policy import buffers_to, checkpoint_activations
 from train.token_logprobs import chunked_logprobs
-from train.vision import patch_embedding_as_matmul
+from train.vision import VISION_VARLEN, patch_embedding_as_matmul
 
 CPU = torch.device("cpu")
 PACKS = {
@@ -487,3 +487,34 @@ def test_kept_layers_are_not_computed_again(models):
         assert (decoder, tower) == ([2 * len(layers) - kept], [2 * len(blocks) - kept_vision])
         gradients.append({name: parameter.grad for name, parameter in packed.hf.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def without_waiting(packed, maker, cases) -> None:
+    """Forward and backward on the meta device, where there is no value that a host could ask for: it raises if one is."""
+    meta = torch.device("meta")
+    buffers_to(packed.to(meta), meta)
+    groups = [maker.group(*case)[0] for case in cases]
+    logprobs, entropy = packed(pack(groups, backend="sdpa", device=meta), temperature=0.8, entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (sum(len(response.token_ids) for group in groups for response in group.responses),)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_the_host_waits_for_no_value_of_the_device(models, family, monkeypatch):
+    """In no layer of tower and decoder, as CUDA runs them: frames of all clips in one call. The library does, in DeepStack."""
+
+    def one_call(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert type(kwargs["max_length_q"]) is int
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, VISION_VARLEN, one_call)
+    _, packed, maker = models(family, torch.bfloat16)
+    packed.hf.model.visual.config._attn_implementation = VISION_VARLEN
+    checkpoint_activations(packed.hf, kept_layers=1)
+    for cases in PACKS.values():
+        without_waiting(packed, maker, cases)
+    if family == "qwen3_vl":  # what is asked for is noticed: the library looks for the places in a mask
+        hidden, features = torch.zeros(1, 6, 4, device="meta"), torch.zeros(3, 4, device="meta")
+        mask = torch.zeros(1, 6, dtype=torch.bool, device="meta")
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            type(packed.hf.model.language_model)._deepstack_process(None, hidden, mask, features)
