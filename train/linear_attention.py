@@ -8,6 +8,7 @@ approximation. Gradients of all responses flow back into the prompt through the 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import MethodType
 
@@ -96,7 +97,10 @@ def _delta_rule(layer, mixed: Tensor, weight: Tensor, beta, decay, state, *, ski
     times = layer.num_v_heads // layer.num_k_heads
     if times > 1:
         query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
-    return source.torch_chunk_gated_delta_rule(
+    rule = source.torch_chunk_gated_delta_rule
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        rule = inspect.unwrap(rule)  # flash-linear-attention takes its place where it is installed, and refuses float32
+    return rule(
         query,
         key,
         value,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -172,6 +174,25 @@ def test_responses_as_rows_and_back_by_hand():
     assert values.grad.tolist() == [[0, 1], [2, 3], [12, 13], [14, 15], [16, 17]]
     scalars = torch.tensor([[1.0], [2.0], [3.0]])
     assert responses_as_rows(scalars[:, 0], [1, 2]).tolist() == [[1, 0], [2, 3]]
+
+
+def test_the_kernel_of_a_package_is_for_16_bits(models, monkeypatch):
+    """As transformers puts flash-linear-attention's function in the place of its own: float32 stays with torch's."""
+    asked, source = [], sys.modules[type(models("qwen3_5", torch.float32)[1].hf).__module__]
+    own = inspect.unwrap(source.torch_chunk_gated_delta_rule)
+
+    @functools.wraps(own)
+    def package(query, key, value, **settings):
+        assert query.dtype == key.dtype == value.dtype != torch.float32 and settings["g"].dtype == torch.float32
+        state = settings["initial_state"]
+        asked.append(None if state is None else (state.dtype, len(state) == len(query)))
+        return own(query, key, value, **settings)
+
+    monkeypatch.setattr(source, "torch_chunk_gated_delta_rule", package)
+    for dtype in (torch.float32, torch.bfloat16):
+        _, packed, maker = models("qwen3_5", dtype)
+        packed(pack([maker.group("video", [5, 2], 1)[0]], backend="sdpa", device=CPU))
+    assert asked == [None, (torch.float32, True)] * 3  # three layers in bf16: the prompt, then its responses from its state
 
 
 @pytest.mark.parametrize("kept", [0, 2])
