@@ -36,7 +36,7 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_same_log_probs_and_gradients(family, monkeypatch):
     folder = tiny_model(family)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
