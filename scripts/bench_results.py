@@ -172,9 +172,21 @@ def host_facts() -> dict:
     }
 
 
+def over_ranks(records: list[dict]) -> dict:
+    """A step's record of all ranks, rank 0's first: its times (ranks leave each phase together), the work per GPU on average, and
+    the peak of the fullest one. Ranks have responses of their own, and the step lasts as long as the longest of them."""
+    mean = {
+        name: sum(record[name] for record in records) / len(records)
+        for name in ("response_tokens", "row_tokens", "useful_flops")
+    }
+    peaks = [record["peak_update_gib"] for record in records if record["peak_update_gib"] is not None]
+    return records[0] | mean | {"peak_update_gib": max(peaks, default=None)}
+
+
 def summarise(results: dict) -> dict:
-    """Medians per variant; speed-ups over b and a; MFU of the update (None without a known peak)."""
-    from train.flops import bf16_peak_flops, utilisation
+    """Medians per variant; speed-ups over b and a; MFU of the update (None without a known peak), the median of the steps' own:
+    each has its own lengths."""
+    from train.flops import bf16_peak_flops
 
     peak, ranks = bf16_peak_flops(results["host"].get("device", "")), results["settings"]["ranks"]
     summary = {}
@@ -182,6 +194,7 @@ def summarise(results: dict) -> dict:
         seconds = {key: statistics.median(run["seconds"].get(key, 0.0) for run in runs) for key in PHASES}
         middle = lambda key, runs=runs: statistics.median(run[key] for run in runs)  # noqa: E731
         step_s = middle("step_s")
+        rate = statistics.median(run["useful_flops"] / run["seconds"]["update"] for run in runs)
         summary[name] = {
             "steps": len(runs),
             "seconds": seconds,
@@ -190,8 +203,8 @@ def summarise(results: dict) -> dict:
             "without_rollout_s": statistics.median(run["step_s"] - run["seconds"]["rollout"] for run in runs),
             "row_tokens_per_gpu_s": middle("row_tokens") / step_s,
             "response_tokens_per_gpu_s": middle("response_tokens") / step_s,
-            "mfu": utilisation(middle("useful_flops"), seconds["update"], 1, peak),
-            "tflops": middle("useful_flops") / seconds["update"] / 1e12,
+            "mfu": rate / peak if peak else None,
+            "tflops": rate / 1e12,
             "peak_update_gib": max((run["peak_update_gib"] or 0.0) for run in runs) or None,
             "log_ratio": middle("log_ratio"),
         }

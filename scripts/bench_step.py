@@ -65,6 +65,7 @@ from scripts.bench_results import (
     host_facts,
     kernel_table,
     open_results,
+    over_ranks,
     parse_flags,
     print_table,
     response_lengths,
@@ -223,14 +224,13 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
     if variant.prefetch:  # what the update did not hide
         with phase(bench, "load"):
             wait_for_prefetch(bench.loaders[variant.source])
-    rows = sum(size * len(group.prompt.input_ids) for group in groups)
     responses = sum(len(response.token_ids) for group in groups for response in group.responses)
-    return {
+    record = {
         "seconds": {key: round(value, 4) for key, value in bench.seconds.items()},
         "step_s": round(sum(bench.seconds.values()), 4),
         "prompt_tokens": [len(group.prompt.input_ids) for group in groups],
         "response_tokens": responses,
-        "row_tokens": rows + responses,
+        "row_tokens": size * sum(len(group.prompt.input_ids) for group in groups) + responses,
         "useful_flops": sum(group_cost(group, bench.shape) for group in groups),
         "peak_update_gib": peak,
         "freed_by_sleep_gib": round(before - asleep, 2),
@@ -238,6 +238,7 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
         "grad_norm": float(metrics.sums["policy/grad_norm"]),
         "log_ratio": abs_log_ratio(metrics),
     }
+    return over_ranks(distributed.all_gather_objects(record))
 
 
 def wait_for_prefetch(loader) -> None:
@@ -423,8 +424,7 @@ def measure(bench: Bench, results: dict) -> None:
     """Round by round, so that what matters most is there when the budget ends. Rank 0 decides, all ranks follow."""
     from train import distributed
 
-    flags = bench.flags
-    warm: set[str] = set()
+    flags, warm = bench.flags, set()
     last = {name: max(run["step_s"] for run in runs) for name, runs in results["runs"].items() if runs}
     for number in range(flags.steps):
         for name in flags.variants:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.bench_inputs import VARIANTS
-from scripts.bench_results import open_results, parse_flags, response_lengths, summarise
+from scripts.bench_results import open_results, over_ranks, parse_flags, response_lengths, summarise
 from scripts.bench_step import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,28 @@ def test_summary_by_hand():
     assert found["g"]["mfu"] == pytest.approx(0.25 / 5)
     assert found["g"]["row_tokens_per_gpu_s"] == 200.0
     assert "over_a" not in found["g"]
+
+
+def test_utilisation_is_the_median_of_the_steps_own():
+    """Steps of 10, 30, 20 and 26 s with work for 2, 9, 5 and 7.8: 20, 30, 25 and 30 %. (6.4 / 23, the medians, is 27.8 %.)"""
+    peak = 989e12
+    steps = [(10.0, 2.0), (30.0, 9.0), (20.0, 5.0), (26.0, 7.8)]
+    runs = [record(50.0, 10.0, seconds, peak * work) for seconds, work in steps]
+    found = summarise({"host": {"device": "NVIDIA H200"}, "settings": {"ranks": 2}, "runs": {"g": runs}})
+    assert found["variants"]["g"]["mfu"] == pytest.approx(0.275)
+    assert found["variants"]["g"]["tflops"] == pytest.approx(0.275 * 989)
+
+
+def test_a_step_of_several_ranks_counts_the_work_of_all_of_them():
+    """8B on two GPUs, step 3 of docs/gpu_results.md: 2.871 and 3.072 PFLOP in 9.968 s are 30.1 % per GPU, not rank 0's 29.1 %."""
+    first, second = record(27.0, 15.6, 9.9681, 2.870889e15), record(27.0, 15.6, 9.9681, 3.072332e15)
+    first |= {"peak_update_gib": 120.5, "response_tokens": 7626}
+    second |= {"peak_update_gib": 121.0, "response_tokens": 10270, "row_tokens": 5000}
+    found = over_ranks([first, second])
+    assert found["useful_flops"] == pytest.approx(2.9716105e15) and found["peak_update_gib"] == 121.0
+    assert (found["response_tokens"], found["row_tokens"], found["step_s"]) == (8948, 4000, 27.0)
+    assert found["useful_flops"] / found["seconds"]["update"] / 989e12 == pytest.approx(0.3014, abs=1e-4)
+    assert over_ranks([record(2.0, 1.0, 1.0, 5.0)])["peak_update_gib"] is None
 
 
 def test_a_results_file_of_other_settings_is_refused(tmp_path):
