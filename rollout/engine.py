@@ -109,7 +109,9 @@ class RolloutEngine:
         if on_cuda:
             # vLLM refuses to start where this share of the device is not free, even if the cache's size is given: the
             # trainer's states are there already, so a given size must not depend on it.
-            arguments["gpu_memory_utilization"] = gpu_memory_utilization if kv_bytes is None else vllm_access.KV_GIVEN_SHARE
+            arguments["gpu_memory_utilization"] = (
+                gpu_memory_utilization if kv_bytes is None else vllm_access.KV_GIVEN_SHARE
+            )
             # vLLM's encoder cache has as many tokens, and a video with more of them is refused at its first request.
             arguments["max_num_batched_tokens"] = max(max_model_len, 16384)
             if encoder.family == "qwen3_5":

@@ -110,7 +110,9 @@ def build_llm(*, quick_decode: bool = False, **arguments: Any):
         warnings.warn(f"vLLM changed torch's threads from {threads} to {torch.get_num_threads()}", stacklevel=2)
     hold_tokens(llm.llm_engine.output_processor)
     if quick_decode and not decode_quickly(llm.llm_engine.engine_core.engine_core.scheduler, found):
-        warnings.warn("--quick_decode: vLLM's own scheduler does all the work, with this version or model", stacklevel=2)
+        warnings.warn(
+            "--quick_decode: vLLM's own scheduler does all the work, with this version or model", stacklevel=2
+        )
     return llm
 
 

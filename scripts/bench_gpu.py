@@ -41,13 +41,27 @@ ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20  # what is kept of gpu.log
 MARGIN_S = 12.0  # between the end of a stage and the end of the budget
 STEP_PACKAGES = ("vllm", "deepspeed", "av", "decord", "qwen_vl_utils", "xxhash")
-RUN_PACKAGES = ("pytest", "vllm", "deepspeed", "av", "xxhash", "rich", "math_verify", "nltk", "jiwer", "resvg_py", "html5lib")
+RUN_PACKAGES = (
+    "pytest",
+    "vllm",
+    "deepspeed",
+    "av",
+    "xxhash",
+    "rich",
+    "math_verify",
+    "nltk",
+    "jiwer",
+    "resvg_py",
+    "html5lib",
+)
 # What fits beside the states, for all variants alike.
 TRAIN_ARGS = {
     "2b": "--kept_layers 28 --fused",
     "4b": "--kept_layers 16 --fused",
-    "8b": "--kept_layers 8 --kv_cache_gib 14 --fused",
+    "8b": "--kept_layers 12 --kv_cache_gib 14 --fused",
 }
+# A group in flight has more tokens than a row: with as much memory it keeps fewer layers.
+PACKED_KEPT_LAYERS = {"2b": 22, "4b": 12, "8b": 9}
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ def step(name: str, size: str, steps: dict[str, int], what: str, needs_s: float,
     result = result or f"step-{size}.json"
     most = max(steps.values())
     more = f"{more} --profile g".strip() if name.startswith("step-") else more  # what limits (g) is seen, not guessed
-    more = f"{more} --train_args '{TRAIN_ARGS[size]}'".strip()
+    more = f"{more} --packed_kept_layers {PACKED_KEPT_LAYERS[size]} --train_args '{TRAIN_ARGS[size]}'".strip()
     levers = max((count for name, count in steps.items() if name in "cdef"), default=1)
     command = (
         f"{launch} scripts/bench_step.py --size {size} --variants {' '.join(steps)} --steps {most} --lever_steps {levers} "
@@ -136,10 +150,10 @@ STAGES = (
     step("more-2b", "2b", {"g": 5, "b": 5, "a": 5, "c": 3, "e": 3, "f": 3, "d": 3}, "all steps that the tables need", 300, 100),
     step("more-4b", "4b", {"g": 5, "b": 5, "a": 3}, "all steps that the tables need", 300, 125),
     tests("tests-ranks", "test_two_ranks.py", "two ranks with video, image and text", 90, 300, ranks=2),
-    step("step-8b", "8b", {"g": 3, "b": 3}, "whole steps on several GPUs", 330, 72, ranks=(2, 4)),
-    step("more-8b", "8b", {"g": 5, "b": 5, "a": 3}, "all steps that the tables need", 330, 72, ranks=(2, 4)),
+    step("step-8b", "8b", {"g": 3, "b": 3}, "whole steps on several GPUs", 330, 86, ranks=(2, 4)),
+    step("more-8b", "8b", {"g": 5, "b": 5, "a": 3}, "all steps that the tables need", 330, 86, ranks=(2, 4)),
 )  # fmt: skip
-MEMORY_GIB = {("8b", 2): 108.0}  # with fewer ranks each holds more of the states
+MEMORY_GIB = {("8b", 2): 123.0}  # with fewer ranks each holds more of the states
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------

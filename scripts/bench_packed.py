@@ -386,7 +386,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="tiny", help="shape of the Qwen3-VL; weights are random")
     parser.add_argument("--layers", type=int, default=None, help="decoder layers, to shorten a check (default: all)")
-    parser.add_argument("--attention", nargs="+", default=["auto"], help="backends: auto sdpa flex varlen flash2 flash4")
+    parser.add_argument(
+        "--attention", nargs="+", default=["auto"], help="backends: auto sdpa flex varlen flash2 flash4"
+    )
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--prompt_tokens", type=int, default=None, help="about; default 16000, tiny 600")
     parser.add_argument("--frames", type=int, default=None, help="of the video; default 128, tiny 16")

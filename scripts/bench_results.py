@@ -61,6 +61,15 @@ def parse_flags(description: str, argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--out", default=None, help="results file; continued if it exists")
     flags = parser.parse_args(argv)
+    kept = flags.packed_kept_layers
+    if kept is not None and kept < 0:
+        parser.error(f"--packed_kept_layers must be 0 or more, got {kept}")
+    if kept is not None and "--no-gradient_checkpointing" in flags.train_args.split():
+        # Setting the number switches recomputation on, for the packed variants and then for all.
+        parser.error(
+            f"--packed_kept_layers {kept} with --no-gradient_checkpointing in --train_args: then all variants keep all layers; "
+            "drop one of the two"
+        )
     tiny = flags.size == "tiny"
     for name, small, real in (("frames", 8, 128), ("prompts", 2, 4), ("group_size", 4, 8), ("load_workers", 2, 4)):
         if getattr(flags, name) is None:
@@ -163,9 +172,21 @@ def host_facts() -> dict:
     }
 
 
+def over_ranks(records: list[dict]) -> dict:
+    """A step's record of all ranks, rank 0's first: its times (ranks leave each phase together), the work per GPU on average, and
+    the peak of the fullest one. Ranks have responses of their own, and the step lasts as long as the longest of them."""
+    mean = {
+        name: sum(record[name] for record in records) / len(records)
+        for name in ("response_tokens", "row_tokens", "useful_flops")
+    }
+    peaks = [record["peak_update_gib"] for record in records if record["peak_update_gib"] is not None]
+    return records[0] | mean | {"peak_update_gib": max(peaks, default=None)}
+
+
 def summarise(results: dict) -> dict:
-    """Medians per variant; speed-ups over b and a; MFU of the update (None without a known peak)."""
-    from train.flops import bf16_peak_flops, utilisation
+    """Medians per variant; speed-ups over b and a; MFU of the update (None without a known peak), the median of the steps' own:
+    each has its own lengths."""
+    from train.flops import bf16_peak_flops
 
     peak, ranks = bf16_peak_flops(results["host"].get("device", "")), results["settings"]["ranks"]
     summary = {}
@@ -173,6 +194,7 @@ def summarise(results: dict) -> dict:
         seconds = {key: statistics.median(run["seconds"].get(key, 0.0) for run in runs) for key in PHASES}
         middle = lambda key, runs=runs: statistics.median(run[key] for run in runs)  # noqa: E731
         step_s = middle("step_s")
+        rate = statistics.median(run["useful_flops"] / run["seconds"]["update"] for run in runs)
         summary[name] = {
             "steps": len(runs),
             "seconds": seconds,
@@ -181,8 +203,8 @@ def summarise(results: dict) -> dict:
             "without_rollout_s": statistics.median(run["step_s"] - run["seconds"]["rollout"] for run in runs),
             "row_tokens_per_gpu_s": middle("row_tokens") / step_s,
             "response_tokens_per_gpu_s": middle("response_tokens") / step_s,
-            "mfu": utilisation(middle("useful_flops"), seconds["update"], 1, peak),
-            "tflops": middle("useful_flops") / seconds["update"] / 1e12,
+            "mfu": rate / peak if peak else None,
+            "tflops": rate / 1e12,
             "peak_update_gib": max((run["peak_update_gib"] or 0.0) for run in runs) or None,
             "log_ratio": middle("log_ratio"),
         }

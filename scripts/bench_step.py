@@ -65,6 +65,7 @@ from scripts.bench_results import (
     host_facts,
     kernel_table,
     open_results,
+    over_ranks,
     parse_flags,
     print_table,
     response_lengths,
@@ -153,8 +154,7 @@ def plan_layout(bench: Bench, variant: Variant, batch, args) -> list:
     together = 1 if variant.layout == "rows" else bench.flags.once_rows
     plan = []
     for index, group in enumerate(batch.groups):
-        size = len(group.responses)
-        prompt = group.prompt
+        size, prompt = len(group.responses), group.prompt
         bare = replace(prompt, patches=prompt.patches[:0], grid_thw=prompt.grid_thw[:0])
         for start in range(0, size, together):
             part = group.responses[start : start + together]
@@ -224,22 +224,21 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
     if variant.prefetch:  # what the update did not hide
         with phase(bench, "load"):
             wait_for_prefetch(bench.loaders[variant.source])
-    useful = sum(group_cost(group, bench.shape) for group in groups)
-    rows = sum(size * len(group.prompt.input_ids) for group in groups)
     responses = sum(len(response.token_ids) for group in groups for response in group.responses)
-    return {
+    record = {
         "seconds": {key: round(value, 4) for key, value in bench.seconds.items()},
         "step_s": round(sum(bench.seconds.values()), 4),
         "prompt_tokens": [len(group.prompt.input_ids) for group in groups],
         "response_tokens": responses,
-        "row_tokens": rows + responses,
-        "useful_flops": useful,
+        "row_tokens": size * sum(len(group.prompt.input_ids) for group in groups) + responses,
+        "useful_flops": sum(group_cost(group, bench.shape) for group in groups),
         "peak_update_gib": peak,
         "freed_by_sleep_gib": round(before - asleep, 2),
         "used_asleep_gib": round(asleep, 2),
         "grad_norm": float(metrics.sums["policy/grad_norm"]),
         "log_ratio": abs_log_ratio(metrics),
     }
+    return over_ranks(distributed.all_gather_objects(record))
 
 
 def wait_for_prefetch(loader) -> None:
@@ -257,12 +256,14 @@ def abs_log_ratio(metrics) -> float:
 def layout_of(policy, variant: Variant, flags: Namespace, args: Namespace):
     """Variant d: each micro-batch is one group's rows, and only the first carries patches; the others repeat its
     features. Packed variants keep their own number of layers."""
-    if variant.layout == "packed" and flags.packed_kept_layers is not None:
-        from train.policy import checkpoint_activations
+    from train.policy import checkpoint_activations
 
+    if variant.layout == "packed" and flags.packed_kept_layers is not None:
         checkpoint_activations(policy.packed.hf, flags.packed_kept_layers, args.kept_vision_layers)
-        yield
-        checkpoint_activations(policy.packed.hf, args.kept_layers, args.kept_vision_layers)
+        try:
+            yield
+        finally:  # after a failed step, too: the next variant has its own
+            checkpoint_activations(policy.packed.hf, args.kept_layers, args.kept_vision_layers)
         return
     if variant.layout != "once":
         yield
@@ -423,8 +424,7 @@ def measure(bench: Bench, results: dict) -> None:
     """Round by round, so that what matters most is there when the budget ends. Rank 0 decides, all ranks follow."""
     from train import distributed
 
-    flags = bench.flags
-    warm: set[str] = set()
+    flags, warm = bench.flags, set()
     last = {name: max(run["step_s"] for run in runs) for name, runs in results["runs"].items() if runs}
     for number in range(flags.steps):
         for name in flags.variants:

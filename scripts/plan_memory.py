@@ -2,10 +2,11 @@
 
     python scripts/plan_memory.py --size 8b --gpus 8 --frames 128
     python scripts/plan_memory.py --model DIR --gpus 2 --gpu_memory_gib 80 --frames 256 --video_max_pixels 200704
+    python scripts/plan_memory.py --size 4b --gpus 1 --fused --kept_layers 12
 
-Nothing is loaded and no GPU is needed. Weights, states and cache are exact up to norms and biases; activations are those of a
-packed group. Of torch's peak in updates measured on H200s (2B, 4B and 8B, 0 to 28 kept layers) the arithmetic gives 98 to 100 %.
-What torch does not count, CUDA's context and what vLLM holds while it sleeps, took 3 to 5 GiB: leave a tenth of the memory free.
+Nothing is loaded and no GPU is needed. Weights, states and cache are exact up to norms and biases; activations are an
+estimate of a packed group under gradient checkpointing. Peaks measured with 2B, 4B and 8B, 0 to 28 kept layers, lie within
+5 % of it (docs/gpu_results.md); other models, and the tower's kept layers, were not measured: leave a tenth of the memory free.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each 
 RESIDENT = "resident weights (bf16, whole)"
 PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
 SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
-LOGIT_CHUNK = 2048  # response tokens whose logits exist at once
+LOGIT_CHUNK = 1024  # response tokens whose logits exist at once: the default of --logit_chunk
 
 
 def _qwen3_vl(hidden, intermediate, layers, heads, tied, vision_hidden, vision_intermediate, vision_depth) -> dict:
@@ -88,44 +89,68 @@ def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool) -> float:
     return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * FP32
 
 
+def kept_bytes_per_token(shape: Shape, fused: bool) -> float:
+    """What a language layer whose activations are kept (--kept_layers) holds per token beside its input, bf16.
+
+    Both normed copies and the residual between them, queries, keys and values before and after norm and rotation, attention's
+    output, and the three halves of the gated product. Without --fused a norm holds its input in fp32 and the quotient in bf16
+    instead of its input, and the gated product silu's output as well.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    head_norms = queries + keys if shape.family in ("qwen3_vl", "qwen3_5") else 0
+    held = 2 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.intermediate
+    if fused:
+        return BF16 * (held + shape.hidden + head_norms)
+    return BF16 * (held + shape.intermediate) + (FP32 + BF16) * (2 * shape.hidden + head_norms)
+
+
+def kept_bytes_per_patch(shape: Shape) -> float:
+    """The same of a vision layer (--kept_vision_layers): two normed copies, the residual, what attention reads and writes,
+    and the insides of the MLP."""
+    return BF16 * (7 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate)
+
+
 def activation_bytes(
-    shape: Shape, tokens: int, response_tokens: int, patches: int, sharing: int = 1
+    shape: Shape,
+    tokens: int,
+    response_tokens: int,
+    patches: int,
+    sharing: int = 1,
+    *,
+    kept: tuple[int, int] = (0, 0),
+    fused: bool = False,
+    logit_chunk: int = LOGIT_CHUNK,
 ) -> dict[str, float]:
     """One micro-batch under gradient checkpointing: the input of every layer is kept, one layer's insides exist at once.
 
     sharing: ranks that cut its tokens and its clips among them (--sequence_parallel); each has all visual features.
+    kept: language and vision layers that keep all of their activations.
 
     Inside a language layer, per token: residual, two normed copies, queries, keys, values, attention output and its
-    projection, and the three halves of the gated product; twice, for the gradients beside them.
+    projection, and the three halves of the gated product; twice, for the gradients beside them. The output layer's backward
+    pass has a chunk's log-probs, probabilities and gradient in fp32 and the gradient in bf16, and sums its weight's gradient in
+    fp32 beside the bf16 product of a chunk.
     """
     inside = 4 * shape.hidden + 2 * shape.q_outputs + 2 * shape.kv_heads * shape.head_dim + 3 * shape.intermediate
     vision_inside = 8 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate
     features = patches // shape.merge**2 * shape.hidden * shape.vision_mergers
     tokens, response_tokens, patches = (-(-count // sharing) for count in (tokens, response_tokens, patches))
-    logits = min(response_tokens, LOGIT_CHUNK) * shape.vocabulary * (BF16 + 2 * FP32)
+    logits = min(response_tokens, logit_chunk) * shape.vocabulary * (3 * FP32 + BF16)
+    logits += shape.vocabulary * shape.hidden * (FP32 + BF16)
+    layers, vision_layers = min(kept[0], shape.layers), min(kept[1], shape.vision_depth)
+    held = {
+        KEPT: layers * tokens * kept_bytes_per_token(shape, fused),
+        KEPT_VISION: vision_layers * patches * kept_bytes_per_patch(shape),
+    }
     return {
         "layer inputs": tokens * shape.hidden * shape.layers * BF16,
         "one language layer": 2 * tokens * inside * BF16,
-        "logits chunk": logits,
+        "logits chunk, output layer": logits,
         "vision layer inputs": patches * shape.vision_hidden * shape.vision_depth * BF16,
         "one vision layer": 2 * patches * vision_inside * BF16,
         "vision features": 2 * features * BF16,
+        **{name: value for name, value in held.items() if value},
     }
-
-
-def kept_bytes_per_token(shape: Shape, fused: bool) -> int:
-    """What one decoder layer that is not recomputed (--kept_layers) holds per token until its backward pass, bf16.
-
-    Inputs of its products and kernels: normed input, queries and keys before and after their norm and rotation, values,
-    attention output, residual, normed residual, gate, up, their product. Its own input is held anyhow. Without
-    --fused also what the library's elementwise code saves: each norm its input in fp32 and the normalised one, the gate
-    its activation.
-    """
-    keys = shape.kv_heads * shape.head_dim
-    held = 3 * shape.hidden + 3 * shape.q_outputs + 3 * keys + 3 * shape.intermediate
-    if not fused:
-        held += 2 * 3 * shape.hidden + 3 * (shape.q_outputs + keys) + shape.intermediate
-    return held * BF16
 
 
 STATES = {
@@ -139,7 +164,8 @@ STATES = {
 }
 SECOND_COPY = "second copy of the weights (hpZ)"
 STEP = "gradients copied in the optimiser's step"
-KEPT = "layers that are not recomputed"
+KEPT = "kept language layers (--kept_layers)"
+KEPT_VISION = "kept vision layers (--kept_vision_layers)"
 
 
 @dataclass(frozen=True)
@@ -152,19 +178,13 @@ class Plan:
     rollout: dict[str, float]  # bytes per GPU while vLLM is awake
 
     @property
-    def update_peak_bytes(self) -> float:
-        """States and activations together, without the optimiser's step."""
+    def peak_bytes(self) -> float:
         # the vision tower and a language layer are never inside at the same time
-        either = {"one language layer", "logits chunk", "one vision layer"}
+        either = {"one language layer", "logits chunk, output layer", "one vision layer"}
         forward = self.update.keys() - STATES - {STEP}
         states = sum(value for name, value in self.update.items() if name in STATES)
         activations = sum(self.update[name] for name in forward - either) + max(self.update[name] for name in either)
-        return states + activations
-
-    @property
-    def peak_bytes(self) -> float:
-        states = sum(value for name, value in self.update.items() if name in STATES)
-        return max(self.update_peak_bytes, states + self.update[STEP], sum(self.rollout.values()))
+        return max(states + activations, states + self.update[STEP], sum(self.rollout.values()))
 
 
 def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
@@ -181,7 +201,8 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     prompt = visual + args.text_tokens
     responses = args.group_size * args.max_response_tokens
     tokens = args.groups_per_micro_batch * (prompt + responses)
-    resident = args.resident_parameters == "on"
+    apart = args.offload_parameters or args.hpz_partition_size > 1
+    resident = args.resident_parameters == "on" or (args.resident_parameters == "auto" and args.gpus == 1 and not apart)
     rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident)
     if args.hpz_partition_size > 1:
         rest[SECOND_COPY] = parameters(shape)["total"] * BF16 / args.hpz_partition_size
@@ -191,10 +212,10 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
         args.groups_per_micro_batch * responses,
         args.groups_per_micro_batch * patches,
         args.sequence_parallel,
+        kept=(args.kept_layers, args.kept_vision_layers),
+        fused=args.fused,
+        logit_chunk=args.logit_chunk,
     )
-    if args.kept_layers:
-        kept = min(args.kept_layers, shape.layers)
-        update[KEPT] = kept * kept_bytes_per_token(shape, args.fused) * -(-tokens // args.sequence_parallel)
     update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer)
     asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "buckets of gathers"))}
     if args.park:
@@ -256,11 +277,14 @@ def describe(shape: Shape, args: argparse.Namespace) -> str:
         "",
         f"peak {peak:.1f} GiB of {args.gpu_memory_gib:g} GiB: " + ("fits" if peak <= room else "does NOT fit"),
     ]
+    if shape.linear_layers and args.kept_layers:
+        lines.append(
+            "kept linear-attention layers hold more than is counted here: torch's rule keeps its chunks in fp32"
+        )
     kept = most_kept_layers(shape, args)
     if kept is not None:
         lines.append(
-            f"most --kept_layers with these flags: {kept} of {shape.layers}, "
-            f"{'with' if args.fused else 'without'} --fused: each saves its recomputation, a quarter of its time"
+            f"most --kept_layers with these flags: {kept} of {shape.layers}, {'with' if args.fused else 'without'} --fused"
         )
     most = most_frames(shape, args)
     if most:
@@ -285,7 +309,16 @@ def flags() -> argparse.ArgumentParser:
         "--hpz_partition_size", type=int, default=1, help="GPUs that share the second copy of the weights"
     )
     parser.add_argument(
-        "--resident_parameters", choices=("off", "on"), default="off", help="all weights gathered on every GPU"
+        "--resident_parameters",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="all weights gathered on every GPU; auto: with one GPU",
+    )
+    parser.add_argument("--kept_layers", type=int, default=0, help="language layers that are not recomputed")
+    parser.add_argument("--kept_vision_layers", type=int, default=0, help="the same of the vision tower")
+    parser.add_argument("--fused", action="store_true", help="norms and gated products compiled: kept layers hold less")
+    parser.add_argument(
+        "--logit_chunk", type=int, default=LOGIT_CHUNK, help="response tokens whose logits exist at once"
     )
     parser.add_argument("--frames", type=int, default=128, help="frames of a clip")
     parser.add_argument("--max_frames", type=int, default=2048, help="upper end of the search for what fits")
@@ -298,13 +331,6 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--max_response_tokens", type=int, default=2048, help="longest response")
     parser.add_argument("--groups_per_rank", type=int, default=4, help="prompts of a step on one GPU")
     parser.add_argument("--groups_per_micro_batch", type=int, default=1, help="groups packed into one forward")
-    parser.add_argument("--kept_layers", type=int, default=0, help="decoder layers that are not recomputed")
-    parser.add_argument(
-        "--fused",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="elementwise work compiled, as by that flag",
-    )
     parser.add_argument("--max_num_seqs", type=int, default=256, help="responses decoded at once per engine")
     parser.add_argument("--offload_optimizer", action="store_true", help="optimiser states in host memory")
     parser.add_argument("--park", action="store_true", help="optimiser states in host memory while vLLM samples")
@@ -317,6 +343,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.resident_parameters == "on" and (args.offload_parameters or args.hpz_partition_size > 1):
         parser.error("--resident_parameters on goes with neither --offload_parameters nor --hpz_partition_size")
+    for flag in ("kept_layers", "kept_vision_layers"):
+        if getattr(args, flag) < 0:
+            parser.error(f"--{flag} must be 0 or more, got {getattr(args, flag)}")
     try:
         config = SIZES[args.size] if args.size else json.loads((args.model / "config.json").read_text())
         text = describe(read_shape(config), args)

@@ -132,7 +132,7 @@ def answer_text(answer: str) -> str:
 
 
 def _place(x: float, y: float) -> str:
-    """"top left", or "left", "top" … for a place in the middle of the other axis."""
+    """ "top left", or "left", "top" … for a place in the middle of the other axis."""
     words = ["" if 0.35 < y < 0.65 else "top" if y < 0.5 else "bottom"]
     words += ["" if 0.35 < x < 0.65 else "left" if x < 0.5 else "right"]
     return " ".join(word for word in words if word)
@@ -142,7 +142,9 @@ def describe(scene: Scene) -> str:
     """One sentence that says all there is to see: what the warm start learns to look for."""
     first = scene.things[0]
     if scene.kind == "move":
-        return f"{first.colour} {first.shape} from {_place(*first.start)} to {_place(*first.end)}, moves {scene.direction}"
+        return (
+            f"{first.colour} {first.shape} from {_place(*first.start)} to {_place(*first.end)}, moves {scene.direction}"
+        )
     things = [f"{thing.colour} {thing.shape} {_place(*thing.start)}" for thing in scene.things]
     if scene.kind == "appear":
         return f"{things[0]} from {first.from_s} to {first.to_s}, {things[1]} all the time"

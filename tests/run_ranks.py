@@ -10,7 +10,15 @@ import pytest
 
 def run_ranks(program: Path, ranks: int, *words: object, timeout_s: float = 600) -> None:
     """`program words` on that many ranks. Fails the test with the end of its errors if the exit status is not 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        str(program),
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += [str(word) for word in words]
     done = run_within(timeout_s, command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -23,4 +31,6 @@ def run_within(timeout_s: float, command: list[str], **options) -> subprocess.Co
         return subprocess.run(command, text=True, timeout=timeout_s, check=False, **options)
     except subprocess.TimeoutExpired as late:
         said = [(stream or b"").decode(errors="replace")[-4000:] for stream in (late.stdout, late.stderr)]
-        pytest.fail(f"{' '.join(command)}\nwas still running after {timeout_s:g} s; its last words:\n" + "\n".join(said))
+        pytest.fail(
+            f"{' '.join(command)}\nwas still running after {timeout_s:g} s; its last words:\n" + "\n".join(said)
+        )

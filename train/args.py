@@ -197,7 +197,7 @@ def _rollout_flags(group) -> None:
         help="schedule responses that are only being decoded in two short loops: the same results, for many short responses",
     )
     group.add_argument(
-        "--vllm_args", default=None, help='further arguments of vllm.LLM as JSON, such as \'{"block_size": 128}\''
+        "--vllm_args", default=None, help="further arguments of vllm.LLM as JSON, such as '{\"block_size\": 128}'"
     )
 
 
@@ -483,6 +483,13 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         not (args.freeze_vision_tower and args.freeze_merger and args.freeze_language_model),
         "--freeze_vision_tower, --freeze_merger and --freeze_language_model together leave nothing to train",
     )
+    for flag in ("kept_layers", "kept_vision_layers"):
+        count = getattr(args, flag)
+        need(count >= 0, f"--{flag} must be 0 or more, got {count}")
+        need(
+            count <= 0 or args.gradient_checkpointing,
+            f"--{flag} {count} with --no-gradient_checkpointing: then all layers are kept already; drop one of the two",
+        )
     need(args.cache != "require" or args.cache_dir is not None, "--cache require needs --cache_dir")
     folders = ("model", "reference_model", "critic_model", "cache_dir", "media_dir")
     for flag in (*folders, "chat_template", "prompt_template", "deepspeed_config"):

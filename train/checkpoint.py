@@ -104,6 +104,27 @@ def find(output_dir: str | Path, resume: str) -> Path | None:
     return complete[-1] if complete else None
 
 
+def find_together(output_dir: str | Path, resume: str) -> Path | None:
+    """find() on every rank. Collective: raises on every rank, FileNotFoundError where all find nothing of that name, RuntimeError
+    where they do not see the same: a rank that began anew would wait for the others in another collective than they.
+    """
+    found, error = None, None
+    try:
+        found = find(output_dir, resume)
+    except FileNotFoundError as missing:
+        error = str(missing)
+    seen = distributed.all_gather_objects((found.name if found else None, error))
+    if all(text for _, text in seen):
+        raise FileNotFoundError(error)
+    if len(set(seen)) > 1:
+        listed = "; ".join(f"rank {rank}: {text or name or 'none'}" for rank, (name, text) in enumerate(seen))
+        raise RuntimeError(
+            f"the ranks do not find the same checkpoint in --output_dir {output_dir}, which has to be one folder that all nodes "
+            f"see: {listed}"
+        )
+    return found
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """All checkpoint folders by step, complete or not."""
     found = [path for path in (Path(output_dir) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]

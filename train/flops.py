@@ -141,9 +141,7 @@ def read_shape(config: Any) -> Shape:
         linear_value_dim=text.get("linear_value_head_dim", 0),
         linear_kernel=text.get("linear_conv_kernel_dim", 0),
         vision_hidden=hidden,
-        vision_intermediate=int(hidden * vision["mlp_ratio"])
-        if family == "qwen2_vl"
-        else vision["intermediate_size"],
+        vision_intermediate=int(hidden * vision["mlp_ratio"]) if family == "qwen2_vl" else vision["intermediate_size"],
         vision_mlp_products=3 if family == "qwen2_5_vl" else 2,
         vision_depth=depth,
         vision_outputs=vision["hidden_size"] if family == "qwen2_vl" else vision["out_hidden_size"],

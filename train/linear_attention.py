@@ -8,13 +8,13 @@ approximation. Gradients of all responses flow back into the prompt through the 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from train.group_attention import Span
 
 
 def has_linear_attention(config) -> bool:
@@ -36,18 +36,20 @@ def fork_linear_attention(language_model: nn.Module) -> None:
         layer.linear_attn.forward = MethodType(packed_linear_attention, layer.linear_attn)
 
 
-def responses_as_rows(span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
-    """((G, R) packed index of each response's tokens, padded with the first one's; (sum R,) where row-major ones are).
+def responses_as_rows(values: Tensor, lengths: list[int]) -> Tensor:
+    """(sum R, ...) of one group's responses, one after the other -> (G, R, ...), zeros behind the shorter ones.
 
-    Padding is on the right of a causal recurrence: no real token sees it.
+    Padding is on the right of a causal recurrence: no real token sees it. Cut and padded, not gathered by an index: that would
+    name one token for all padding, and CUDA's backward pass adds rows of one index one after the other, thousands of them.
     """
-    longest = max(span.response_lengths)
-    lengths = torch.tensor(span.response_lengths)
-    starts = span.responses_start + torch.cat([lengths.new_zeros(1), lengths.cumsum(0)[:-1]])
-    columns = torch.arange(longest)
-    real = columns < lengths[:, None]
-    index = torch.where(real, starts[:, None] + columns, span.responses_start)
-    return index.to(device), real.flatten().nonzero()[:, 0].to(device)
+    longest = max(lengths)
+    beside = (0, 0) * (values.ndim - 1)
+    return torch.stack([F.pad(part, (*beside, 0, longest - len(part))) for part in values.split(lengths)])
+
+
+def rows_as_responses(rows: Tensor, lengths: list[int]) -> Tensor:
+    """The way back: (G, R, ...) -> (sum R, ...)."""
+    return torch.cat([row[:length] for row, length in zip(rows.unbind(0), lengths)])
 
 
 def packed_linear_attention(self, hidden_states: Tensor, cache_params=None, attention_mask=None, layout=None, **kwargs):
@@ -58,31 +60,27 @@ def packed_linear_attention(self, hidden_states: Tensor, cache_params=None, atte
     gate = self.in_proj_z(hidden_states).view(*hidden_states.shape[:2], -1, self.head_v_dim)
     beta = self.in_proj_b(hidden_states).sigmoid()
     decay = self.in_proj_a(hidden_states)
-    decay = -self.A_log.float().exp() * torch.nn.functional.softplus(decay.float() + self.dt_bias)
+    decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias)
     kernel, weight = self.conv_kernel_size, self.conv1d.weight.squeeze(1)
-    if "rows" not in layout.ready:
-        layout.ready["rows"] = [
-            responses_as_rows(span, mixed.device) if any(span.response_lengths) else None for span in layout.spans
-        ]
     prompts, responses = [], []
-    for span, rows in zip(layout.spans, layout.ready["rows"]):
-        prompt = slice(span.prompt_start, span.prompt_start + span.prompt_length)
+    for span in layout.spans:
+        prompt, lengths = slice(span.prompt_start, span.prompt_start + span.prompt_length), span.response_lengths
         own = mixed[:, prompt]
         out, state = _delta_rule(self, own, weight, beta[:, prompt], decay[:, prompt], None)
         prompts.append(out)
-        if rows is None:
+        if not any(lengths):
             continue
-        index, real = rows
+        answer = slice(span.responses_start, span.responses_start + sum(lengths))
+        rows, betas, decays = (responses_as_rows(values[0, answer], lengths) for values in (mixed, beta, decay))
         # What the convolution saw last: the prompt's last inputs, zeros where it is shorter than the kernel.
-        context = torch.nn.functional.pad(own[:, -(kernel - 1) :], (0, 0, max(0, kernel - 1 - own.shape[1]), 0))
-        context = context.expand(len(index), -1, -1)
-        inputs = torch.cat([context, mixed[0, index]], dim=1)
-        state = state.expand(len(index), -1, -1, -1)
-        out, _ = _delta_rule(self, inputs, weight, beta[0, index], decay[0, index], state, skip=kernel - 1)
-        responses.append(out.flatten(0, 1)[real][None])
+        context = F.pad(own[:, -(kernel - 1) :], (0, 0, max(0, kernel - 1 - own.shape[1]), 0))
+        inputs = torch.cat([context.expand(len(lengths), -1, -1), rows], dim=1)
+        state = state.expand(len(lengths), -1, -1, -1)
+        out, _ = _delta_rule(self, inputs, weight, betas, decays, state, skip=kernel - 1)
+        responses.append(rows_as_responses(out, lengths)[None])
     core = torch.cat(prompts + responses, dim=1)
     # FlexAttention's padding at the end: tokens of no group, nothing is predicted there.
-    core = torch.nn.functional.pad(core, (0, 0, 0, 0, 0, hidden_states.shape[1] - core.shape[1]))
+    core = F.pad(core, (0, 0, 0, 0, 0, hidden_states.shape[1] - core.shape[1]))
     core = self.norm(core.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
     return self.out_proj(core.view(*hidden_states.shape[:2], -1))
 
@@ -99,7 +97,10 @@ def _delta_rule(layer, mixed: Tensor, weight: Tensor, beta, decay, state, *, ski
     times = layer.num_v_heads // layer.num_k_heads
     if times > 1:
         query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
-    return source.torch_chunk_gated_delta_rule(
+    rule = source.torch_chunk_gated_delta_rule
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        rule = inspect.unwrap(rule)  # flash-linear-attention takes its place where it is installed, and refuses float32
+    return rule(
         query,
         key,
         value,
@@ -109,5 +110,3 @@ def _delta_rule(layer, mixed: Tensor, weight: Tensor, beta, decay, state, *, ski
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,
     )
-
-

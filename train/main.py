@@ -58,7 +58,7 @@ def rl_step(run: Run, step: int):
     from train.batching import build_batch
     from train.distributed import all_gather_objects, all_reduce_sum
     from train.losses import loss_mask
-    from train.metrics import StepMetrics, device_bytes, record_groups, record_peak, record_tokens
+    from train.metrics import StepMetrics, device_bytes, record_asleep, record_groups, record_peak, record_tokens
     from train.presets import needs
     from train.sequence_parallel import share_groups
     from train.update import (
@@ -88,7 +88,7 @@ def rl_step(run: Run, step: int):
     with metrics.timer("sleep"):
         awake = device_bytes()
         engine.sleep()
-        sleeping = awake - device_bytes()
+        sleeping = awake - record_asleep(metrics)
         policy.unpark()
 
     batch = to_device(build_batch(collected.groups), run.device)

@@ -253,6 +253,17 @@ def device_bytes() -> int:
     return total - free
 
 
+def record_asleep(step: StepMetrics) -> int:
+    """memory/asleep_gib: device memory in use while vLLM sleeps, on the fullest rank -> this rank's bytes; 0 on CPU, unlogged.
+
+    What is left is the trainer's, CUDA's and what vLLM does not give back: it must not grow from step to step.
+    """
+    used = device_bytes()
+    if used:
+        step.high("memory/asleep_gib", used / GIB)
+    return used
+
+
 def record_peak(step: StepMetrics, phase: str, sleeping_bytes: int = 0) -> None:
     """memory/<phase>_max_gib: the most that torch's tensors took at once since the last call. Nothing on CPU.
 

@@ -92,10 +92,9 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
     """ZeRO-3 states and KV cache in GiB per rank, by arithmetic on the configuration."""
     from train import flops
 
-    text = config.get_text_config()
-    count = flops.parameters(flops.read_shape(config))["total"]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_bytes = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    shape = flops.read_shape(config)
+    count = flops.parameters(shape)["total"]
+    kv_bytes = 2 * 2 * shape.full_layers * shape.kv_heads * shape.head_dim  # linear attention has no such cache
     rows = prompts_per_rank * args.group_size
     kv_tokens = prompts_per_rank * prompt_tokens + min(rows, args.max_num_seqs) * args.max_response_tokens
     gib = 1024**3
@@ -333,8 +332,8 @@ def start_ranks(args):
     checkpoint that --resume names or None, its state or {}).
 
     The lock is a file on rank 0 and None on the others: keep it as long as the run, close it at the end. Raises RuntimeError
-    when another run holds --output_dir or a file of the checkpoint is damaged, FileNotFoundError when --resume is not a complete
-    checkpoint.
+    when another run holds --output_dir, when a file of the checkpoint is damaged or not all ranks find the same one,
+    FileNotFoundError when --resume is not a complete checkpoint.
     """
     from train import checkpoint, distributed
 
@@ -342,7 +341,7 @@ def start_ranks(args):
     lock = distributed.lock_run(args.output_dir)
     distributed.init_deepspeed(device)
     seed_everything(args.seed)
-    resumed = checkpoint.find(args.output_dir, args.resume)
+    resumed = checkpoint.find_together(args.output_dir, args.resume)
     if resumed is None:
         return device, lock, None, {}
     if distributed.is_main():

@@ -168,7 +168,9 @@ def resumed_text(folder: str | Path, checkpoint: Path, step: int, steps: int, ar
         if before[name] != now[name]:
             lines.append(f"  --{name} is now {now[name]}; it was {before[name]}")
     if step >= steps:
-        lines.append(f"  step {step} is the last of {steps}: nothing is left to train; raise --max_steps or --epochs to go on")
+        lines.append(
+            f"  step {step} is the last of {steps}: nothing is left to train; raise --max_steps or --epochs to go on"
+        )
     return "\n".join(lines)
 
 

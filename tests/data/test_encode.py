@@ -371,4 +371,7 @@ def test_a_config_that_vllm_has_put_in_transformers_place(tiny):
     assert type(config) is Qwen3_5Config
     assert config.to_diff_dict() == Qwen3_5Config.from_pretrained(folder).to_diff_dict()
     with torch.device("meta"):
-        assert AutoModelForImageTextToText.from_config(config).config.vision_config.num_heads == config.vision_config.num_heads
+        assert (
+            AutoModelForImageTextToText.from_config(config).config.vision_config.num_heads
+            == config.vision_config.num_heads
+        )

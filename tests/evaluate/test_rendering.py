@@ -36,7 +36,9 @@ FLAGS = ["--max_num_seqs=8", "--max_model_len=2048", "--kv_cache_gib=0.25", "--m
 FLAGS += ["--max_frames=8", "--video_max_pixels=25088"]
 # The GPU set's vLLM takes floats where later ones normalise bytes, and has Qwen2.5-VL's seconds wrong.
 OLD = vllm_access.installed_version() < (0, 27)
-ON_OLD_CPU = pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="vLLM 0.26's linear attention dies on this CPU")
+ON_OLD_CPU = pytest.mark.skipif(
+    OLD and not torch.cuda.is_available(), reason="vLLM 0.26's linear attention dies on this CPU"
+)
 
 
 def samples_of(folder, mixes=MIXES, questions=QUESTIONS) -> list[Sample]:
@@ -180,7 +182,9 @@ def test_what_the_engine_has_and_what_it_forgot_is_known_here(tiny, media_folder
         await engine.reset_caches()
         rendered = {sample.id: engine.render(encoder.encode(sample), {}) for sample in samples}
         size = patch_bytes(rendered["0-0"])
-        assert size == width * 4 * 3 * 96 * 224 + 3 * 8  # 4 frames (vLLM normalises bytes itself), and a grid of three int64
+        assert (
+            size == width * 4 * 3 * 96 * 224 + 3 * 8
+        )  # 4 frames (vLLM normalises bytes itself), and a grid of three int64
         cache = engine._llm.renderer.mm_processor_cache
         names = [rendered[f"{number}-0"]["mm_hashes"]["video"][0] for number in range(6)]
         assert len(set(names)) == 6

@@ -86,7 +86,9 @@ def towers(policy, plain, engine, prompts) -> dict[str, dict[str, float]]:
             continue
         pixels = normalise(torch.from_numpy(prompt.patches), mean, std)
         with torch.no_grad():
-            true = plain.model.visual(pixels, grid_thw=torch.from_numpy(prompt.grid_thw), return_dict=True).pooler_output
+            true = plain.model.visual(
+                pixels, grid_thw=torch.from_numpy(prompt.grid_thw), return_dict=True
+            ).pooler_output
             patches = torch.from_numpy(prompt.patches).to(policy.device)
             (ours, *_), _ = policy.packed.visual_features(patches, prompt.grid_thw)
             # Bytes where this vLLM normalises on the device, floats of its dtype where it does not.

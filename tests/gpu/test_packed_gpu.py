@@ -29,7 +29,9 @@ def family(request):
     return folder, plain, [maker.group(*case)[0] for case in CASES]
 
 
-def run(family, dtype, backend: str, *, rows: bool, fused: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    family, dtype, backend: str, *, rows: bool, fused: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(log-probs of all response tokens, gradients by name) on the GPU, in float32 on the host."""
     folder, plain, groups = family
     device = torch.device("cuda", 0)
@@ -69,7 +71,9 @@ def test_flex_in_fp32(family, reference):
     assert max(distances(gradients, reference[1])) < 1e-3
 
 
-FLASH4 = pytest.param("flash4", marks=pytest.mark.skipif(bool(why_missing(PACKAGES["flash4"])), reason="no flash-attn-4"))
+FLASH4 = pytest.param(
+    "flash4", marks=pytest.mark.skipif(bool(why_missing(PACKAGES["flash4"])), reason="no flash-attn-4")
+)
 
 
 @pytest.mark.parametrize("backend", ["flex", "varlen", FLASH4])

@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: builds an engine under torchrun, samples, syncs, samples again, writes what it got.
 
-    torchrun --nproc_per_node 2 tests/rollout/rank_program.py --model DIR --out DIR [--tensor_parallel 2]
+torchrun --nproc_per_node 2 tests/rollout/rank_program.py --model DIR --out DIR [--tensor_parallel 2]
 """
 
 import argparse

@@ -50,8 +50,14 @@ def make_sample(folder, names, number=0) -> Sample:
 def make_engine(model_dir, dtype="fp32", **changes):
     encoder = Encoder(model_dir, video=VIDEO, image=IMAGE, style="direct")
     engine = RolloutEngine(
-        model_dir, encoder=encoder, dtype=dtype, max_model_len=1024, max_num_seqs=16, kv_cache_gib=0.0625, seed=3,
-        **changes
+        model_dir,
+        encoder=encoder,
+        dtype=dtype,
+        max_model_len=1024,
+        max_num_seqs=16,
+        kv_cache_gib=0.0625,
+        seed=3,
+        **changes,
     )
     return encoder, engine
 
@@ -402,7 +408,9 @@ def test_seconds_of_a_video_are_the_trainers_whatever_vllm_makes_of_them(tiny, m
     with pytest.warns(UserWarning, match=r"gives a video 0\.0833\d* seconds per temporal patch where it has 1;"):
         assert gaps(engine, model, encoder, prompts, 0)[0] < 1e-4
     assert engine.inputs.equal == {("video",): True}
-    monkeypatch.setattr(type(engine.inputs), "__call__", lambda self, prompt: without_metadata(self.llm, prompt.vllm_prompt))
+    monkeypatch.setattr(
+        type(engine.inputs), "__call__", lambda self, prompt: without_metadata(self.llm, prompt.vllm_prompt)
+    )
     assert gaps(engine, model, encoder, prompts, 0)[1] > 0.01  # what those seconds would have done
     monkeypatch.undo()
 

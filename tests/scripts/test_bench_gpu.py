@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench_gpu, bench_targets
+from scripts import bench_gpu, bench_targets, plan_memory
 from scripts.bench_gpu import STAGES, Stage, chosen_stages, find_gpus, is_done, lacking, ranks_of, run_stages
+from scripts.bench_results import response_lengths
+from train.flops import read_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 H200, H100 = ("NVIDIA H200", 140.4), ("NVIDIA H100 80GB HBM3", 79.6)
@@ -65,17 +67,37 @@ def test_stages_take_the_machines_they_fit():
     assert ranks_of(by_name("packed-2b"), [H100]) == 1
     assert ranks_of(by_name("step-2b"), [H100]) is None  # its kept layers need more
     assert ranks_of(by_name("step-4b"), [H100]) is None and ranks_of(by_name("step-4b"), [H200]) == 1
-    assert [ranks_of(by_name("step-8b"), gpus) for gpus in ([H200], [H200] * 2, [H100] * 2, [H100] * 4)] == [
-        None,
-        2,
-        None,
-        4,
-    ]
+    machines = ([H200], [H200] * 2, [H100] * 4, [H200] * 4)
+    assert [ranks_of(by_name("step-8b"), gpus) for gpus in machines] == [None, 2, None, 2]
+    roomy = ("a GPU of 100 GiB", 100.0)  # two of them do not hold the states, four do
+    assert [ranks_of(by_name("step-8b"), [roomy] * count) for count in (2, 4)] == [None, 4]
     assert {stage.name for stage in chosen_stages(None, [H200] * 2)} == {"tests-ranks", "step-8b", "more-8b"}
     with pytest.raises(ValueError, match=r"--again step-3b: not among .*step-2b"):
         chosen_stages(["step-3b"], [H200], "--again")
     bare = replace(by_name("step-2b"), packages=("json", "no_such_package"))
     assert lacking(bare, [H200]) == "lacks no_such_package"
+
+
+@pytest.mark.parametrize("size,ranks", [("2b", 1), ("4b", 1), ("8b", 2), ("8b", 4)])
+def test_a_stage_asks_for_the_memory_that_its_kept_layers_take(size, ranks):
+    """scripts/plan_memory.py on the largest group and the longest row of five steps, and 3 GiB for CUDA and a sleeping vLLM."""
+    stage, shape = by_name(f"step-{size}"), read_shape(plan_memory.SIZES[size])
+    rows = bench_gpu.TRAIN_ARGS[size].split()
+    steps = [response_lengths("lognormal:400:1200", 4, 8, 2048, [n, rank]) for n in range(5) for rank in range(ranks)]
+    largest = max(sum(group) for step in steps for group in step)
+    longest = max(length for step in steps for group in step for length in group)
+    peaks = {}
+    for layout, tokens, kept in (
+        ("groups", largest, str(bench_gpu.PACKED_KEPT_LAYERS[size])),
+        ("rows", longest, rows[rows.index("--kept_layers") + 1]),
+    ):
+        words = ["--size", size, "--gpus", str(ranks), "--fused", "--kept_layers", kept, "--group_size", "1"]
+        words += ["--max_response_tokens", str(tokens), "--groups_per_rank", "0"]
+        peaks[layout] = plan_memory.make_plan(shape, plan_memory.flags().parse_args(words), 128).peak_bytes / 2**30
+    asked = bench_gpu.MEMORY_GIB.get((size, ranks), stage.memory_gib)
+    assert max(peaks.values()) + 3 < asked < 139
+    assert f"--packed_kept_layers {bench_gpu.PACKED_KEPT_LAYERS[size]}" in stage.commands[0]
+    assert peaks["groups"] < 1.03 * peaks["rows"]  # the target: not above (b); the largest group is a rare one
 
 
 def test_the_list_is_printed_anywhere(tmp_path):

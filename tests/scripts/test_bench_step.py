@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.bench_inputs import VARIANTS
-from scripts.bench_results import open_results, parse_flags, response_lengths, summarise
+from scripts.bench_results import open_results, over_ranks, parse_flags, response_lengths, summarise
 from scripts.bench_step import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,28 @@ def test_summary_by_hand():
     assert "over_a" not in found["g"]
 
 
+def test_utilisation_is_the_median_of_the_steps_own():
+    """Steps of 10, 30, 20 and 26 s with work for 2, 9, 5 and 7.8: 20, 30, 25 and 30 %. (6.4 / 23, the medians, is 27.8 %.)"""
+    peak = 989e12
+    steps = [(10.0, 2.0), (30.0, 9.0), (20.0, 5.0), (26.0, 7.8)]
+    runs = [record(50.0, 10.0, seconds, peak * work) for seconds, work in steps]
+    found = summarise({"host": {"device": "NVIDIA H200"}, "settings": {"ranks": 2}, "runs": {"g": runs}})
+    assert found["variants"]["g"]["mfu"] == pytest.approx(0.275)
+    assert found["variants"]["g"]["tflops"] == pytest.approx(0.275 * 989)
+
+
+def test_a_step_of_several_ranks_counts_the_work_of_all_of_them():
+    """8B on two GPUs, step 3 of docs/gpu_results.md: 2.871 and 3.072 PFLOP in 9.968 s are 30.1 % per GPU, not rank 0's 29.1 %."""
+    first, second = record(27.0, 15.6, 9.9681, 2.870889e15), record(27.0, 15.6, 9.9681, 3.072332e15)
+    first |= {"peak_update_gib": 120.5, "response_tokens": 7626}
+    second |= {"peak_update_gib": 121.0, "response_tokens": 10270, "row_tokens": 5000}
+    found = over_ranks([first, second])
+    assert found["useful_flops"] == pytest.approx(2.9716105e15) and found["peak_update_gib"] == 121.0
+    assert (found["response_tokens"], found["row_tokens"], found["step_s"]) == (8948, 4000, 27.0)
+    assert found["useful_flops"] / found["seconds"]["update"] / 989e12 == pytest.approx(0.3014, abs=1e-4)
+    assert over_ranks([record(2.0, 1.0, 1.0, 5.0)])["peak_update_gib"] is None
+
+
 def test_a_results_file_of_other_settings_is_refused(tmp_path):
     out = str(tmp_path / "out.json")
     flags = parse_flags("", ["--size", "tiny", "--out", out])
@@ -79,7 +101,9 @@ def test_one_step_of_every_kind_of_dataflow(tmp_path):
     for run in runs.values():
         assert run["log_ratio"] < 1e-5  # every dataflow trains on what was sampled
         assert run["prompt_tokens"] == runs["g"]["prompt_tokens"]
-        assert run["response_tokens"] == sum(n for row in response_lengths("lognormal:12:36", 2, 4, 48, [0, 0]) for n in row)
+        assert run["response_tokens"] == sum(
+            n for row in response_lengths("lognormal:12:36", 2, 4, 48, [0, 0]) for n in row
+        )
         assert run["row_tokens"] == 4 * sum(run["prompt_tokens"]) + run["response_tokens"]
         assert run["grad_norm"] == pytest.approx(runs["g"]["grad_norm"], rel=0.2)  # other weights by then, a little
     assert {name for name, run in runs.items() if "old_logprobs" in run["seconds"]} == {"b", "a", "d"}
@@ -90,17 +114,55 @@ def test_one_step_of_every_kind_of_dataflow(tmp_path):
     assert "times b" in done.stdout
 
 
-def test_packed_variants_keep_their_own_layers_and_rows_the_others():
-    layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]  # --kept_layers 2
+@pytest.fixture
+def five_layers():
+    """(layers, policy) of a decoder with --kept_layers 2, whose library switches recomputation on in all of them."""
+    layers = [SimpleNamespace(gradient_checkpointing=number < 3) for number in range(5)]
 
-    def enable(gradient_checkpointing_kwargs):  # as transformers' does: all of them
+    def enable(gradient_checkpointing_kwargs):
         for layer in layers:
             layer.gradient_checkpointing = True
 
     model = SimpleNamespace(language_model=SimpleNamespace(layers=layers), visual=SimpleNamespace(blocks=[]))
-    policy = SimpleNamespace(packed=SimpleNamespace(hf=SimpleNamespace(model=model, gradient_checkpointing_enable=enable)))
+    return layers, SimpleNamespace(
+        packed=SimpleNamespace(hf=SimpleNamespace(model=model, gradient_checkpointing_enable=enable))
+    )
+
+
+def recomputed(layers) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in layers]
+
+
+def test_packed_variants_keep_their_own_layers_and_rows_the_others(five_layers):
+    layers, policy = five_layers
     flags, args = SimpleNamespace(packed_kept_layers=1), SimpleNamespace(kept_layers=2, kept_vision_layers=0)
     for name, kept in (("b", 2), ("g", 1), ("a", 2), ("e", 1)):
         with layout_of(policy, VARIANTS[name], flags, args):
-            assert [layer.gradient_checkpointing for layer in layers] == [True] * (5 - kept) + [False] * kept
-        assert [layer.gradient_checkpointing for layer in layers] == [True] * 3 + [False] * 2
+            assert recomputed(layers) == [True] * (5 - kept) + [False] * kept
+        assert recomputed(layers) == [True] * 3 + [False] * 2
+
+
+def test_a_step_that_fails_leaves_its_layers_to_nobody(five_layers):
+    layers, policy = five_layers
+    flags, args = SimpleNamespace(packed_kept_layers=4), SimpleNamespace(kept_layers=2, kept_vision_layers=0)
+    with pytest.raises(RuntimeError, match="out of memory"), layout_of(policy, VARIANTS["g"], flags, args):
+        assert recomputed(layers) == [True] + [False] * 4
+        raise RuntimeError("out of memory")
+    assert recomputed(layers) == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--packed_kept_layers", "-1"], "--packed_kept_layers must be 0 or more, got -1"),
+        (
+            ["--packed_kept_layers", "0", "--train_args", "--fused --no-gradient_checkpointing"],
+            "all variants keep all layers",
+        ),
+    ],
+)
+def test_a_number_of_layers_that_would_switch_recomputation_on_is_refused(capsys, words, message):
+    assert parse_flags("", ["--train_args=--no-gradient_checkpointing"]).packed_kept_layers is None
+    with pytest.raises(SystemExit) as stop:
+        parse_flags("", words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

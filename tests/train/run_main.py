@@ -27,7 +27,12 @@ def make_playground(folder: Path, clips: int = 60) -> Path:
 
 
 def environment() -> dict[str, str]:
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+    }
     return {**os.environ, **settings}
 
 

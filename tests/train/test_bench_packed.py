@@ -24,7 +24,9 @@ def bench(*flags: str) -> str:
 
 @pytest.mark.slow
 def test_bench_compares_the_same_computation(tmp_path):
-    printed = bench("--rounds", "1", "--group_size", "3", "--response_tokens", "12", "--ragged", "--out", str(tmp_path / "o"))
+    printed = bench(
+        "--rounds", "1", "--group_size", "3", "--response_tokens", "12", "--ragged", "--out", str(tmp_path / "o")
+    )
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", printed)]
     assert len(losses) == 3 and max(losses) - min(losses) < 2e-5
     worst = [float(x) for x in re.findall(r"at most (\S+)", printed)]

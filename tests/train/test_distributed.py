@@ -89,6 +89,40 @@ def test_exchanges_between_two_ranks(tmp_path):
         assert seen["error"] == "reading failed on 1 of 2 ranks\nrank 1: bad video 7.mp4"
 
 
+def test_ranks_that_find_other_checkpoints_all_stop_with_what_each_finds(tmp_path):
+    """As on two nodes whose --output_dir is not the same folder: one of them would begin anew, and both wait for ever."""
+    for rank, names in enumerate((("step-000002", "step-000004"), ("step-000002",))):
+        for name in names:
+            folder = tmp_path / str(rank) / "checkpoints" / name
+            folder.mkdir(parents=True)
+            (folder / "complete.json").write_text('{"resumable": true, "files": {}}')
+    body = f"""
+    from train.checkpoint import find_together
+    d.init(timeout_s=30, device="cpu")
+    root = {str(tmp_path)!r}
+    out = [find_together(root + "/0", "auto").name, find_together(root + "/nowhere", "auto")]
+    named = "%s/0/checkpoints/step-00000%d" % (root, 2 + d.rank())
+    for place, resume in ((str(d.rank()), "auto"), ("0", named), ("0", "absent")):
+        try:
+            find_together(root + "/" + place, resume)
+        except (RuntimeError, FileNotFoundError) as error:
+            out.append(type(error).__name__ + ": " + str(error))
+    print(json.dumps(out), flush=True)
+    os._exit(0)
+    """
+    ranks = finish(start_ranks(body))
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    for rank, (_, _, out) in enumerate(ranks):
+        same, none, other, named, absent = json.loads(out)
+        assert (same, none) == ("step-000004", None)
+        assert other.startswith(
+            f"RuntimeError: the ranks do not find the same checkpoint in --output_dir {tmp_path}/{rank}"
+        )
+        assert other.endswith("rank 0: step-000004; rank 1: step-000002")
+        assert "rank 0: step-000002; rank 1: --resume" in named and "step-000003: not a complete checkpoint" in named
+        assert absent.startswith("FileNotFoundError: --resume absent: not a complete checkpoint")
+
+
 def test_watchdog_prints_every_rank_and_exits():
     body = """
     d.init(timeout_s=60, device="cpu")

@@ -36,7 +36,7 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_same_log_probs_and_gradients(family, monkeypatch):
     folder = tiny_model(family)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -44,7 +44,10 @@ def test_same_log_probs_and_gradients(family, monkeypatch):
     for name in ROTATIONS:
         monkeypatch.setattr(library, name, getattr(library, name))  # given back after the test
     maker = PromptMaker(folder, plain.config)
-    batches = [[maker.group("video", [5, 9], 1)[0], maker.group("text", [4], 2)[0]], [maker.group("both", [7, 2], 3)[0]]]
+    batches = [
+        [maker.group("video", [5, 9], 1)[0], maker.group("text", [4], 2)[0]],
+        [maker.group("both", [7, 2], 3)[0]],
+    ]
     found = []
     for fused in (False, True):
         model = PackedModel(copy.deepcopy(plain), normalisation=read_normalisation(folder), fused=fused).train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.metrics import GIB, StepMetrics, device_bytes, record_memory, record_peak
+from train.metrics import GIB, StepMetrics, device_bytes, record_asleep, record_memory, record_peak
 
 
 @pytest.fixture
@@ -28,13 +28,14 @@ def test_sleeping_tensors_are_taken_off_the_updates_peak(counters):
     record_peak(step, "rollout")
     awake = device_bytes()
     counters["used"] = 25 * GIB  # vLLM sleeps: 50 given back, which torch still counts
-    sleeping = awake - device_bytes()
+    sleeping = awake - record_asleep(step)
     counters["peak"] = 110 * GIB  # 60 of the update
     record_peak(step, "update", sleeping)
     counters |= {"peak": 95 * GIB, "used": 75 * GIB}  # the weight sync, vLLM's weights mapped again
     record_memory(step)
     assert step.highs["memory/rollout_max_gib"] == 70
     assert step.highs["memory/update_max_gib"] == 60
+    assert step.highs["memory/asleep_gib"] == 25
     assert step.highs["memory/allocated_max_gib"] == 70
     assert step.highs["memory/device_used_gib"] == 75
     assert counters["resets"] == 3  # every phase has a peak of its own
@@ -51,4 +52,4 @@ def test_nothing_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     step = StepMetrics()
     record_peak(step, "update")
-    assert device_bytes() == 0 and step.highs == {}
+    assert device_bytes() == record_asleep(step) == 0 and step.highs == {}

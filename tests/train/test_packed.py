@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
@@ -26,10 +28,11 @@ from train.group_attention import (
     sdpa_packed,
     why_missing,
 )
+from train.linear_attention import responses_as_rows, rows_as_responses
 from train.packed_model import PackedModel
 from train.policy import buffers_to, checkpoint_activations
 from train.token_logprobs import chunked_logprobs
-from train.vision import patch_embedding_as_matmul
+from train.vision import VISION_VARLEN, patch_embedding_as_matmul
 
 CPU = torch.device("cpu")
 PACKS = {
@@ -159,6 +162,50 @@ def test_linear_attention_state_is_forked_not_recomputed(models):
     assert logprobs <= 1e-5 and entropy <= 1e-5
     assert len(towers) == 1
     assert tokens == [sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.responses) for g, _ in cases)]
+
+
+def test_responses_as_rows_and_back_by_hand():
+    """Three responses of 2, 0 and 3 tokens, two values each. Padding sends nothing back."""
+    values = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8], [9, 10]], requires_grad=True)
+    rows = responses_as_rows(values, [2, 0, 3])
+    assert rows.tolist() == [[[1, 2], [3, 4], [0, 0]], [[0, 0]] * 3, [[5, 6], [7, 8], [9, 10]]]
+    assert rows_as_responses(rows, [2, 0, 3]).tolist() == values.tolist()
+    (rows * torch.arange(18.0).view(3, 3, 2)).sum().backward()  # 4, 5 and the second row's 6 to 11 are lost
+    assert values.grad.tolist() == [[0, 1], [2, 3], [12, 13], [14, 15], [16, 17]]
+    scalars = torch.tensor([[1.0], [2.0], [3.0]])
+    assert responses_as_rows(scalars[:, 0], [1, 2]).tolist() == [[1, 0], [2, 3]]
+
+
+def test_the_kernel_of_a_package_is_for_16_bits(models, monkeypatch):
+    """As transformers puts flash-linear-attention's function in the place of its own: float32 stays with torch's."""
+    asked, source = [], sys.modules[type(models("qwen3_5", torch.float32)[1].hf).__module__]
+    own = inspect.unwrap(source.torch_chunk_gated_delta_rule)
+
+    @functools.wraps(own)
+    def package(query, key, value, **settings):
+        assert query.dtype == key.dtype == value.dtype != torch.float32 and settings["g"].dtype == torch.float32
+        state = settings["initial_state"]
+        asked.append(None if state is None else (state.dtype, len(state) == len(query)))
+        return own(query, key, value, **settings)
+
+    monkeypatch.setattr(source, "torch_chunk_gated_delta_rule", package)
+    for dtype in (torch.float32, torch.bfloat16):
+        _, packed, maker = models("qwen3_5", dtype)
+        packed(pack([maker.group("video", [5, 2], 1)[0]], backend="sdpa", device=CPU))
+    assert (
+        asked == [None, (torch.float32, True)] * 3
+    )  # three layers in bf16: the prompt, then its responses from its state
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_linear_attention_recomputed_and_kept(models, kept):
+    """Under checkpointing each layer's recomputation forks the same state again."""
+    with float64_throughout():
+        plain, packed, maker = models("qwen3_5", torch.float64)
+        checkpoint_activations(packed.hf, kept, 1)
+        logprobs, entropy, gradients = compare(plain, packed, [maker.group(*case) for case in PACKS["mixed"]])
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
 
 
 def test_linear_attention_after_a_prompt_shorter_than_its_convolution(models):
@@ -495,3 +542,34 @@ def test_kept_layers_are_not_computed_again(models):
         assert (decoder, tower) == ([2 * len(layers) - kept], [2 * len(blocks) - kept_vision])
         gradients.append({name: parameter.grad for name, parameter in packed.hf.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def without_waiting(packed, maker, cases) -> None:
+    """Forward and backward on the meta device, where there is no value that a host could ask for: it raises if one is."""
+    meta = torch.device("meta")
+    buffers_to(packed.to(meta), meta)
+    groups = [maker.group(*case)[0] for case in cases]
+    logprobs, entropy = packed(pack(groups, backend="sdpa", device=meta), temperature=0.8, entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (sum(len(response.token_ids) for group in groups for response in group.responses),)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_the_host_waits_for_no_value_of_the_device(models, family, monkeypatch):
+    """In no layer of tower and decoder, as CUDA runs them: frames of all clips in one call. The library does, in DeepStack."""
+
+    def one_call(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert type(kwargs["max_length_q"]) is int
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, VISION_VARLEN, one_call)
+    _, packed, maker = models(family, torch.bfloat16)
+    packed.hf.model.visual.config._attn_implementation = VISION_VARLEN
+    checkpoint_activations(packed.hf, kept_layers=1)
+    for cases in PACKS.values():
+        without_waiting(packed, maker, cases)
+    if family == "qwen3_vl":  # what is asked for is noticed: the library looks for the places in a mask
+        hidden, features = torch.zeros(1, 6, 4, device="meta"), torch.zeros(3, 4, device="meta")
+        mask = torch.zeros(1, 6, dtype=torch.bool, device="meta")
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            type(packed.hf.model.language_model)._deepstack_process(None, hidden, mask, features)

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoConfig
 
+from tests.tiny_models import tiny_model
 from train import plan
 from train.args import parse_args
 from train.plan import check_attention, check_model_folder, load_samples
@@ -79,6 +81,19 @@ def test_dry_run_says_what_a_micro_batch_holds(tmp_path, monkeypatch, flag, told
     encoder = SimpleNamespace(config=None, count_tokens=lambda sample: 250, encode=lambda sample: prompt)
     sample = SimpleNamespace(id="a", file="f", line=1, answer="b", media=(), source="")
     assert told in plan.dry_run(parse_args(words), [sample, sample], encoder, 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_key_value_cache_by_hand(family):
+    """Per token 2 x layers x 2 heads x size x 2 bytes: 512 for one layer of four with heads of 64, for two layers of 32.
+
+    Qwen3.5's other three layers keep a state, not a cache. 2^21 tokens are 1 GiB then.
+    """
+    config = AutoConfig.from_pretrained(tiny_model(family))
+    args = Namespace(group_size=1, max_num_seqs=1, max_response_tokens=48, tensor_parallel=1, optimizer="adamw")
+    args.resident_parameters = "auto"
+    lines = plan.memory_lines(args, config, 2**21 - 48, 1, 1)
+    assert "KV cache of the whole step 1.00 GiB" in lines[-1]
 
 
 def test_only_rank_0_writes_lists(tmp_path, monkeypatch, recwarn):

@@ -20,9 +20,7 @@ def correct(ratios=RATIOS, demonstration=NONE, data_types=None, **flags):
     for i, row in enumerate(ratios):
         for t, ratio in enumerate(row):
             old[i, t] = -2.0 + math.log(ratio)
-    weights, metrics, maxima = rollout_correction(
-        old, sampled, mask, demonstration, make_args(**flags), data_types
-    )
+    weights, metrics, maxima = rollout_correction(old, sampled, mask, demonstration, make_args(**flags), data_types)
     rows = None if weights is None else [weights[i, : len(row)].tolist() for i, row in enumerate(ratios)]
     return rows, {name: (a.item(), b.item()) for name, (a, b) in metrics.items()}, maxima
 
