@@ -97,7 +97,10 @@ def training_arguments(flags: Namespace, model_dir: str, ranks: int) -> Namespac
         "--kl_in", "none", "--kl_coef", "0", "--learning_rate", "1e-6", "--load_workers", str(flags.load_workers),
         "--style", "direct",
     ]  # fmt: skip
-    return parse_args(given + flags.train_args.split())
+    args = parse_args(given + flags.train_args.split())
+    if args.kept_layers == "auto":
+        raise ValueError("--train_args: --kept_layers auto is decided by train/main.py's loop; give a number here")
+    return args
 
 
 def kernel_table(profiler, cuda: bool, rows: int = 25) -> str:

@@ -22,15 +22,14 @@ import json
 from dataclasses import dataclass
 
 from data.video import VideoSettings, frame_size
-from train.flops import Shape, language_layer_parameters, parameters, read_shape, vision_layer_parameters
+from train.flops import Shape, parameters, read_shape
+from train.memory import BF16, FP32, INSIDES, LOGIT_CHUNK, activation_bytes, gathered_bytes
 
 GIB = 1024**3
-BF16, FP32 = 2, 4
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
 RESIDENT = "resident weights (bf16, whole)"
 PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
 SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
-LOGIT_CHUNK = 1024  # response tokens whose logits exist at once: the default of --logit_chunk
 
 
 def _qwen3_vl(hidden, intermediate, layers, heads, tied, vision_hidden, vision_intermediate, vision_depth) -> dict:
@@ -70,9 +69,7 @@ def state_bytes(
     resident, all weights beside their shards (on one GPU they are the shard).
     """
     n = parameters(shape)["total"]
-    full, linear = language_layer_parameters(shape)
-    live = 2 * max(full, linear, vision_layer_parameters(shape)) + shape.vocabulary * shape.hidden
-    gathered = {"gathered layers and embedding": live * BF16}
+    gathered = {"gathered layers and embedding": gathered_bytes(shape)}
     if resident:
         gathered = {RESIDENT: 0 if gpus == 1 else n * BF16}
     return {
@@ -89,70 +86,6 @@ def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool) -> float:
     return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * FP32
 
 
-def kept_bytes_per_token(shape: Shape, fused: bool) -> float:
-    """What a language layer whose activations are kept (--kept_layers) holds per token beside its input, bf16.
-
-    Both normed copies and the residual between them, queries, keys and values before and after norm and rotation, attention's
-    output, and the three halves of the gated product. Without --fused a norm holds its input in fp32 and the quotient in bf16
-    instead of its input, and the gated product silu's output as well.
-    """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    head_norms = queries + keys if shape.family in ("qwen3_vl", "qwen3_5") else 0
-    held = 2 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.intermediate
-    if fused:
-        return BF16 * (held + shape.hidden + head_norms)
-    return BF16 * (held + shape.intermediate) + (FP32 + BF16) * (2 * shape.hidden + head_norms)
-
-
-def kept_bytes_per_patch(shape: Shape) -> float:
-    """The same of a vision layer (--kept_vision_layers): two normed copies, the residual, what attention reads and writes,
-    and the insides of the MLP."""
-    return BF16 * (7 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate)
-
-
-def activation_bytes(
-    shape: Shape,
-    tokens: int,
-    response_tokens: int,
-    patches: int,
-    sharing: int = 1,
-    *,
-    kept: tuple[int, int] = (0, 0),
-    fused: bool = False,
-    logit_chunk: int = LOGIT_CHUNK,
-) -> dict[str, float]:
-    """One micro-batch under gradient checkpointing: the input of every layer is kept, one layer's insides exist at once.
-
-    sharing: ranks that cut its tokens and its clips among them (--sequence_parallel); each has all visual features.
-    kept: language and vision layers that keep all of their activations.
-
-    Inside a language layer, per token: residual, two normed copies, queries, keys, values, attention output and its
-    projection, and the three halves of the gated product; twice, for the gradients beside them. The output layer's backward
-    pass has a chunk's log-probs, probabilities and gradient in fp32 and the gradient in bf16, and sums its weight's gradient in
-    fp32 beside the bf16 product of a chunk.
-    """
-    inside = 4 * shape.hidden + 2 * shape.q_outputs + 2 * shape.kv_heads * shape.head_dim + 3 * shape.intermediate
-    vision_inside = 8 * shape.vision_hidden + shape.vision_mlp_products * shape.vision_intermediate
-    features = patches // shape.merge**2 * shape.hidden * shape.vision_mergers
-    tokens, response_tokens, patches = (-(-count // sharing) for count in (tokens, response_tokens, patches))
-    logits = min(response_tokens, logit_chunk) * shape.vocabulary * (3 * FP32 + BF16)
-    logits += shape.vocabulary * shape.hidden * (FP32 + BF16)
-    layers, vision_layers = min(kept[0], shape.layers), min(kept[1], shape.vision_depth)
-    held = {
-        KEPT: layers * tokens * kept_bytes_per_token(shape, fused),
-        KEPT_VISION: vision_layers * patches * kept_bytes_per_patch(shape),
-    }
-    return {
-        "layer inputs": tokens * shape.hidden * shape.layers * BF16,
-        "one language layer": 2 * tokens * inside * BF16,
-        "logits chunk, output layer": logits,
-        "vision layer inputs": patches * shape.vision_hidden * shape.vision_depth * BF16,
-        "one vision layer": 2 * patches * vision_inside * BF16,
-        "vision features": 2 * features * BF16,
-        **{name: value for name, value in held.items() if value},
-    }
-
-
 STATES = {
     "weights (bf16 shard)",
     "gradients (fp32 shard)",
@@ -164,8 +97,6 @@ STATES = {
 }
 SECOND_COPY = "second copy of the weights (hpZ)"
 STEP = "gradients copied in the optimiser's step"
-KEPT = "kept language layers (--kept_layers)"
-KEPT_VISION = "kept vision layers (--kept_vision_layers)"
 
 
 @dataclass(frozen=True)
@@ -180,7 +111,7 @@ class Plan:
     @property
     def peak_bytes(self) -> float:
         # the vision tower and a language layer are never inside at the same time
-        either = {"one language layer", "logits chunk, output layer", "one vision layer"}
+        either = set(INSIDES)
         forward = self.update.keys() - STATES - {STEP}
         states = sum(value for name, value in self.update.items() if name in STATES)
         activations = sum(self.update[name] for name in forward - either) + max(self.update[name] for name in either)

@@ -58,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _model_flags(group) -> None:
     group.add_argument("--model", required=True, help="Hugging Face folder of the policy to start from")
     group.add_argument(
@@ -81,7 +85,10 @@ def _model_flags(group) -> None:
         help="compile norms, rotations and gated products into one kernel each (CUDA)",
     )
     group.add_argument(
-        "--kept_layers", type=int, default=0, help="last N decoder layers whose activations are kept, not recomputed"
+        "--kept_layers",
+        type=int_or_auto,
+        default=0,
+        help="last N decoder layers whose activations are kept, not recomputed; auto: as many as fit, before each update (CUDA)",
     )
     group.add_argument(
         "--kept_vision_layers", type=int, default=0, help="the same for the vision tower's last N layers"
@@ -485,6 +492,11 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     )
     for flag in ("kept_layers", "kept_vision_layers"):
         count = getattr(args, flag)
+        need(
+            count != "auto" or args.gradient_checkpointing,
+            f"--{flag} auto with --no-gradient_checkpointing: then all layers are kept already; drop one of the two",
+        )
+        count = 0 if count == "auto" else count
         need(count >= 0, f"--{flag} must be 0 or more, got {count}")
         need(
             count <= 0 or args.gradient_checkpointing,

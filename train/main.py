@@ -58,6 +58,7 @@ def rl_step(run: Run, step: int):
     from train.batching import build_batch
     from train.distributed import all_gather_objects, all_reduce_sum
     from train.losses import loss_mask
+    from train.memory import Room
     from train.metrics import StepMetrics, device_bytes, record_asleep, record_groups, record_peak, record_tokens
     from train.presets import needs
     from train.sequence_parallel import share_groups
@@ -65,6 +66,7 @@ def rl_step(run: Run, step: int):
         all_logprobs,
         all_values,
         check_parity,
+        keep_what_fits,
         mean_over_ranks,
         plan_micro_batches,
         plan_updates,
@@ -90,6 +92,7 @@ def rl_step(run: Run, step: int):
         engine.sleep()
         sleeping = awake - record_asleep(metrics)
         policy.unpark()
+    room = Room()
 
     batch = to_device(build_batch(collected.groups), run.device)
     if collected.baseline_rewards is not None:
@@ -121,6 +124,7 @@ def rl_step(run: Run, step: int):
                     whole = plan_micro_batches(batch, indices, **run.planning)
                     update_critic(run.critic, batch, indices, whole, args=args, metrics=metrics)
                 if step > args.critic_warmup_steps:
+                    keep_what_fits(policy, mini, room, run.shape, args, metrics)
                     update_policy(
                         policy, batch, indices, mini, mask,
                         schedule=run.schedule, kl_coef=run.algorithm.kl_coef, args=args, metrics=metrics,

@@ -476,7 +476,8 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
         nn.init.zeros_(value_head.bias)
     packed = _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation, value_head)
     if args.gradient_checkpointing:
-        checkpoint_activations(hf, getattr(args, "kept_layers", 0), getattr(args, "kept_vision_layers", 0))
+        kept = getattr(args, "kept_layers", 0)
+        checkpoint_activations(hf, 0 if kept == "auto" else kept, getattr(args, "kept_vision_layers", 0))
     packed.train()
     rate = float(args.critic_learning_rate if critic else args.learning_rate)
     groups = trained_groups(hf, args, rate, value_head.named_parameters() if critic else ())

@@ -42,6 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if refused:
         parser.error(f"{', '.join(refused)}: of RL alone; train/sft.py samples nothing")
     args = parser.parse_args(argv)
+    if args.kept_layers == "auto":
+        parser.error("--kept_layers auto is decided before train/main.py's updates; give train/sft.py a number")
     finish_args(args)
     problems = check_args(args, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if problems:

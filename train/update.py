@@ -11,7 +11,9 @@ from data.records import Batch
 from train.batching import MicroBatch, group_cost, groups_with_gradient, micro_batches, mini_batches
 from train.distributed import all_gather_objects, all_reduce_sum
 from train.losses import loss_denominator, policy_objective, value_loss
+from train.memory import Room, fitting_kept_layers
 from train.metrics import StepMetrics, record_mismatch
+from train.policy import checkpoint_activations
 from train.rollout_correction import rollout_correction
 
 PARITY_MAX = {torch.float32: 1e-3}  # per token; the same arithmetic in another order
@@ -108,6 +110,18 @@ def check_parity(batch: Batch, dtype: torch.dtype, metrics: StepMetrics) -> None
             f"--check_parity: log-probs of vLLM and the trainer differ ({'; '.join(found)}): they do not see the same "
             "weights, positions or frames"
         )
+
+
+def keep_what_fits(policy, mini: list[MicroBatch], room: Room, shape, args, metrics) -> None:
+    """--kept_layers auto: before an update, as many layers as fit on the rank where the fewest do. Collective.
+
+    All ranks keep the same number, because a recomputed layer gathers its weights once more, on all of them together.
+    """
+    if args.kept_layers != "auto":
+        return
+    kept = min(all_gather_objects(fitting_kept_layers(shape, mini, room.free_bytes(), args)))
+    checkpoint_activations(policy.packed.hf, kept, args.kept_vision_layers)
+    metrics.value("memory/kept_layers", kept)
 
 
 def update_policy(

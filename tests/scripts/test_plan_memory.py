@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import plan_memory
+from train import memory
 from train.flops import parameters, read_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,15 +113,15 @@ def test_kept_layers_by_hand():
     """8B: hidden 4,096, queries 4,096, keys 1,024, gated product 12,288; the tower 1,152 and 4,304."""
     fused = 2 * (3 * 4096 + 3 * 4096 + 3 * 1024 + 3 * 12_288)
     eager = 2 * (2 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 12_288) + 6 * (2 * 4096 + 4096 + 1024)
-    assert plan_memory.kept_bytes_per_token(SHAPE, True) == fused == 129_024
-    assert plan_memory.kept_bytes_per_token(SHAPE, False) == eager == 215_040
+    assert memory.kept_bytes_per_token(SHAPE, True) == fused == 129_024
+    assert memory.kept_bytes_per_token(SHAPE, False) == eager == 215_040
     plain = plan_memory.make_plan(SHAPE, arguments(), 128).update
-    assert plan_memory.KEPT not in plain
+    assert memory.KEPT not in plain
     few = plan_memory.make_plan(SHAPE, arguments("--kept_layers", "5", "--kept_vision_layers", "2", "--fused"), 128)
-    assert few.update[plan_memory.KEPT] == 5 * 33_238 * fused
-    assert few.update[plan_memory.KEPT_VISION] == 2 * 64_512 * 2 * (7 * 1152 + 2 * 4304)
+    assert few.update[memory.KEPT] == 5 * 33_238 * fused
+    assert few.update[memory.KEPT_VISION] == 2 * 64_512 * 2 * (7 * 1152 + 2 * 4304)
     all_of_them = arguments("--kept_layers", "99", "--sequence_parallel", "2")
-    assert plan_memory.make_plan(SHAPE, all_of_them, 128).update[plan_memory.KEPT] == 36 * 16_619 * eager
+    assert plan_memory.make_plan(SHAPE, all_of_them, 128).update[memory.KEPT] == 36 * 16_619 * eager
 
 
 # docs/gpu_results.md: prompts of 16,765 tokens; response tokens of the largest group that was run, or of the longest row.
@@ -161,7 +162,7 @@ def test_a_kept_layer_of_2b_as_measured():
     """bench_packed.py, one group of 15,026 + 8 x 400 tokens: 47.1 (fused) and 66.9 GiB with all 28 layers kept, 14.6 without."""
     shape = read_shape(plan_memory.SIZES["2b"])
     for fused, peak in ((True, 47.1), (False, 66.9)):
-        kept = 28 * 18_226 * plan_memory.kept_bytes_per_token(shape, fused) / GIB
+        kept = 28 * 18_226 * memory.kept_bytes_per_token(shape, fused) / GIB
         assert kept == pytest.approx(peak - 14.6, rel=0.03)
 
 

@@ -65,6 +65,8 @@ def test_defaults_follow_other_flags(required):
         (["--kept_layers", "2", "--no-gradient_checkpointing"], ["--kept_layers 2", "--no-gradient_checkpointing"]),
         (["--kept_vision_layers", "1", "--no-gradient_checkpointing"], ["--kept_vision_layers 1", "all layers"]),
         (["--kept_layers", "-1"], ["--kept_layers", "-1"]),
+        (["--kept_layers", "auto", "--no-gradient_checkpointing"], ["--kept_layers auto", "all layers"]),
+        (["--kept_layers", "some"], ["--kept_layers", "some"]),
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--max_hours", "-1"], ["--max_hours -1"]),
         (["--field_names", "{oops"], ["--field_names is not JSON", "{oops"]),

@@ -28,7 +28,7 @@ def test_two_steps_on_two_ranks(playground, tmp_path):
     said = run_main.run(
         playground, output, "--max_steps", "2", "--check_parity", "--log_rollouts_every", "1", "--save_every", "1",
         "--keep_last", "1", "--validate_data", str(playground / "heldout.jsonl"), "--validate_limit", "5",
-        "--validate_every", "2",
+        "--validate_every", "2", "--kept_layers", "auto",
     )  # fmt: skip
     rows = run_main.metrics(output)
     assert [row["step"] for row in rows] == [1, 2]
@@ -40,6 +40,7 @@ def test_two_steps_on_two_ranks(playground, tmp_path):
         assert row["tokens/response"] <= 4 * 4 * 12
     assert rows[1]["validate/samples"] == 5 and rows[1]["validate/unusable"] == 0
     assert rows[1]["data/position"] == 8
+    assert rows[0]["memory/kept_layers"] == 0  # auto: a CPU does not say what is free
     # The group advantages of GRPO, from the logged rewards of the first group: (r - mean) / (std + 1e-6).
     line = json.loads((output / "rollouts.jsonl").read_text().splitlines()[0])
     assert len(line["responses"]) == 4 and line["frames"]

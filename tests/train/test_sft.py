@@ -267,3 +267,6 @@ def test_flags_of_rl_are_refused(capsys, tiny):
     with pytest.raises(SystemExit):
         sft_args.parse_args(["--model", tiny("qwen2_5_vl"), "--data", "x.jsonl", "--group_size", "4", "--clip_low=0.1"])
     assert "--group_size, --clip_low: of RL alone" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sft_args.parse_args(["--model", tiny("qwen2_5_vl"), "--data", "x.jsonl", "--kept_layers", "auto"])
+    assert "give train/sft.py a number" in capsys.readouterr().err
