@@ -16,7 +16,7 @@ def rows(tmp_path_factory):
     run_main.run(
         playground, output, "--max_steps", str(STEPS), "--dtype", "bf16", "--attention", "varlen", "--enforce_eager",
         "--kv_cache_gib", "1", "--gpu_memory_utilization", "0.1", "--max_num_seqs", "32", "--check_parity",
-        "--save_every", "0", "--save_model_only", "--learning_rate", "1e-5", ranks=1, timeout_s=240,
+        "--save_every", "0", "--save_model_only", "--learning_rate", "1e-5", "--kept_layers", "auto", ranks=1, timeout_s=240,
     )  # fmt: skip
     return run_main.metrics(output)
 
@@ -24,6 +24,7 @@ def rows(tmp_path_factory):
 def test_twenty_steps_ran(rows):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["policy/skipped_updates"] == 0 for row in rows)
+    assert all(row["memory/kept_layers"] >= 2 for row in rows)  # auto: a model this small keeps all of its layers
 
 
 @pytest.mark.parametrize(

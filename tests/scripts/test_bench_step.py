@@ -12,7 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.bench_inputs import VARIANTS
-from scripts.bench_results import open_results, over_ranks, parse_flags, response_lengths, summarise
+from scripts.bench_results import (
+    open_results,
+    over_ranks,
+    parse_flags,
+    response_lengths,
+    summarise,
+    training_arguments,
+)
 from scripts.bench_step import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,3 +173,10 @@ def test_a_number_of_layers_that_would_switch_recomputation_on_is_refused(capsys
     with pytest.raises(SystemExit) as stop:
         parse_flags("", words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_kept_layers_have_to_be_a_number(tmp_path):
+    (tmp_path / "frames").mkdir()
+    flags = parse_flags("", [f"--work_dir={tmp_path}", "--train_args=--kept_layers auto"])
+    with pytest.raises(ValueError, match=r"--kept_layers auto is decided by train/main\.py's loop; give a number"):
+        training_arguments(flags, str(tmp_path), 1)
