@@ -208,9 +208,8 @@ def _own_scores(own: Any, jobs: list[dict[str, Any]], mode: str) -> Any:
         failure = None
         try:
             results = own(group)
-        except (
-            Exception
-        ) as error:  # the user's own code may raise anything: it ends the run by name, and never scores 0
+        # The user's own code may raise anything: it ends the run by name, and never scores 0.
+        except Exception as error:
             failure = error
         if failure is not None:
             text, last = str(failure), traceback.extract_tb(failure.__traceback__)[-1]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from data.video import VideoSettings, frame_size
 from train.flops import Shape, parameters, read_shape
-from train.memory import BF16, FP32, INSIDES, LOGIT_CHUNK, activation_bytes, gathered_bytes
+from train.memory import BF16, FP32, LOGIT_CHUNK, activation_bytes, gathered_bytes, peak_bytes
 
 GIB = 1024**3
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
@@ -110,11 +110,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        # the vision tower and a language layer are never inside at the same time
-        either = set(INSIDES)
-        forward = self.update.keys() - STATES - {STEP}
         states = sum(value for name, value in self.update.items() if name in STATES)
-        activations = sum(self.update[name] for name in forward - either) + max(self.update[name] for name in either)
+        activations = peak_bytes({name: value for name, value in self.update.items() if name not in STATES | {STEP}})
         return max(states + activations, states + self.update[STEP], sum(self.rollout.values()))
 
 

@@ -8,19 +8,16 @@ from pathlib import Path
 import pytest
 
 
+def torchrun(program: Path | str, ranks: int) -> list[str]:
+    """The command that starts a program on that many ranks of this host; its own words follow."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*start, "--nproc_per_node", str(ranks), str(program)]
+
+
 def run_ranks(program: Path, ranks: int, *words: object, timeout_s: float = 600) -> None:
     """`program words` on that many ranks. Fails the test with the end of its errors if the exit status is not 0."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        str(program),
-    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(word) for word in words]
+    command = [*torchrun(program, ranks), *map(str, words)]
     done = run_within(timeout_s, command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -492,14 +492,9 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     )
     for flag in ("kept_layers", "kept_vision_layers"):
         count = getattr(args, flag)
+        need(count == "auto" or count >= 0, f"--{flag} must be 0 or more, got {count}")
         need(
-            count != "auto" or args.gradient_checkpointing,
-            f"--{flag} auto with --no-gradient_checkpointing: then all layers are kept already; drop one of the two",
-        )
-        count = 0 if count == "auto" else count
-        need(count >= 0, f"--{flag} must be 0 or more, got {count}")
-        need(
-            count <= 0 or args.gradient_checkpointing,
+            args.gradient_checkpointing or (count != "auto" and count <= 0),
             f"--{flag} {count} with --no-gradient_checkpointing: then all layers are kept already; drop one of the two",
         )
     need(args.cache != "require" or args.cache_dir is not None, "--cache require needs --cache_dir")

@@ -89,6 +89,11 @@ def gathered_bytes(shape: Shape) -> float:
     return live * BF16
 
 
+def peak_bytes(parts: dict[str, float]) -> float:
+    """Of activation_bytes(): all that is there together, and the largest of the insides, which never are."""
+    return sum(size for name, size in parts.items() if name not in INSIDES) + max(parts[name] for name in INSIDES)
+
+
 def fitting_kept_layers(shape: Shape, micro_batches, free_bytes: float, args) -> int:
     """How many decoder layers of this rank can keep their activations in an update over these micro-batches.
 
@@ -107,8 +112,7 @@ def fitting_kept_layers(shape: Shape, micro_batches, free_bytes: float, args) ->
             shape, tokens, responses, patches, args.sequence_parallel, kept=(0, args.kept_vision_layers),
             logit_chunk=args.logit_chunk,
         )  # fmt: skip
-        needed = sum(size for name, size in parts.items() if name not in INSIDES)
-        needed += max(parts[name] for name in INSIDES) + gathered_bytes(shape)
+        needed = peak_bytes(parts) + gathered_bytes(shape)
         per_layer = kept_bytes_per_token(shape, args.fused) * -(-tokens // args.sequence_parallel)
         fewest = min(fewest, int(((1 - MARGIN) * free_bytes - needed) // per_layer))
     return max(0, fewest)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.run_ranks import run_within
+from tests.run_ranks import run_within, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = '''
@@ -39,8 +39,8 @@ def environment() -> dict[str, str]:
 def command(playground: Path, output: Path, *flags: str, ranks: int = 2) -> list[str]:
     """torchrun with small settings; later flags win over earlier ones."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)),
-        *("train/main.py", "--model", str(playground / "model"), "--data", str(playground / "train.jsonl")),
+        *torchrun("train/main.py", ranks),
+        *("--model", str(playground / "model"), "--data", str(playground / "train.jsonl")),
         *("--output_dir", str(output), "--style", "direct", "--fps", "4", "--max_frames", "8"),
         *("--max_prompt_tokens", "400", "--max_response_tokens", "12", "--group_size", "4", "--prompts_per_step", "4"),
         *("--token_budget", "1024", "--learning_rate", "1e-3", "--reward", f"{playground / 'reward.py'}:spread"),

@@ -21,6 +21,7 @@ from scripts.playground_warm_start import answer_logits, collate
 from scripts.real_model.make_clips import write_rows
 from scripts.real_model.questions import caption_rows, question_rows
 from scripts.real_model.scenes import draw_scenes, write_scene
+from tests.run_ranks import torchrun
 from train import sft_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +42,7 @@ def rows(tmp_path_factory) -> Path:
 
 def run(model: str, rows: Path, output: Path, *flags: str, ranks: int = 1) -> str:
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(ranks),
-            "train/sft.py",
-        ),
+        *torchrun("train/sft.py", ranks),
         *("--model", model, "--data", str(rows), "--output_dir", str(output), "--dtype", "fp32", "--fps", "1"),
         *(
             "--min_frames",
@@ -227,7 +220,7 @@ def test_fewer_rows_than_a_step_are_one_line_and_enough_to_measure(tiny, rows, u
     """Four rows, six per step: nothing to train on, said without a traceback; their loss is that of the untrained model."""
     few = rows.with_name("few.jsonl")
     write_rows(few, [json.loads(line) for line in rows.read_text().splitlines()][:4])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "train/sft.py"]
+    command = torchrun("train/sft.py", 1)
     command += [
         "--model",
         tiny("qwen2_5_vl", tied=True),
