@@ -39,6 +39,7 @@ from train.flops import bf16_peak_flops, group_flops, read_shape
 from train.group_attention import PACKED, choose_attention, pack
 from train.packed_model import PackedModel
 from train.policy import checkpoint_activations
+from train.vision import choose_vision_attention
 
 # hidden, MLP, layers, heads, key-value heads; vision depth, width, MLP, heads, deepstack layers; tied
 SHAPES = {
@@ -182,21 +183,20 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
     vision_default = hf.model.visual.config._attn_implementation
     decoder = hf.model.language_model
     deepstack = decoder._deepstack_process
-    varlen = device.type == "cuda" and dtype == torch.bfloat16
-    model = PackedModel(hf, normalisation=NORMALISATION, vision_varlen=varlen, fused=args.fused)
-    ours = (hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward, hf.model.visual.config._attn_implementation)
+    model = PackedModel(hf, normalisation=NORMALISATION, fused=args.fused)
+    ours = (hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward)
     ours_deepstack = decoder._deepstack_process
 
-    def use(library: bool) -> None:
-        head, conv, vision = (lm_forward, conv_forward, vision_default) if library else ours
+    def use(library: bool, vision: str | None = None) -> None:
+        head, conv = (lm_forward, conv_forward) if library else ours
         hf.lm_head.forward, hf.model.visual.patch_embed.proj.forward = head, conv
-        hf.model.visual.config._attn_implementation = vision
+        hf.model.visual.config._attn_implementation = vision or vision_default
         decoder._deepstack_process = deepstack if library else ours_deepstack
         decoder.config._attn_implementation = "sdpa" if library else PACKED
 
     def ours_run(backend: str, rows: bool):
         def run() -> float:
-            use(False)
+            use(False, choose_vision_attention(backend, device, dtype))
             return packed_loss(model, group, backend, device, rows=rows, backward=lambda loss: loss.backward())
 
         return run
@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="tiny", help="shape of the Qwen3-VL; weights are random")
     parser.add_argument("--layers", type=int, default=None, help="decoder layers, to shorten a check (default: all)")
     parser.add_argument(
-        "--attention", nargs="+", default=["auto"], help="backends: auto sdpa flex varlen flash2 flash4"
+        "--attention", nargs="+", default=["auto"], help="backends: auto sdpa flex cudnn varlen flash2 flash4"
     )
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--prompt_tokens", type=int, default=None, help="about; default 16000, tiny 600")

@@ -71,7 +71,7 @@ def _model_flags(group) -> None:
     group.add_argument("--chat_template", default=None, help="Jinja file that replaces the folder's chat template")
     group.add_argument(
         "--attention",
-        choices=("auto", "sdpa", "flex", "varlen", "flash2", "flash4"),
+        choices=("auto", "sdpa", "flex", "cudnn", "varlen", "flash2", "flash4"),
         default="auto",
         help="kernel of the packed forward; auto takes the fastest exact one found",
     )

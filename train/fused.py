@@ -14,6 +14,9 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from train.vision import VISION_CUDNN, VISION_VARLEN
 
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
 
@@ -29,14 +32,66 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tower's queries, keys and values, the first two rotated: qkv (K, 3, H, d), cos and sin (K, d) -> three (K, H, d).
+
+    In one function, so that the gradients of all three are written into one tensor, where the library's way stacks and
+    then transposes them.
+    """
+    q, k, v = qkv.unbind(1)
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+
+    def rotated(x: Tensor) -> Tensor:
+        left, right = x.float().chunk(2, dim=-1)
+        return (x.float() * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+    return rotated(q), rotated(k), v.clone()
+
+
 @cache
 def compiled(function):
     """One compilation for all lengths: T differs in every micro-batch."""
     return torch.compile(function, dynamic=True)
 
 
+@cache
+def compiled_per_token(function):
+    """The same with nothing but the number of tokens left open, so that indices are divided by constants: with symbols for heads
+    and widths, too, the rotations take three to five times as long as their bytes need (docs/gpu_results.md)."""
+    optimised = torch.compile(function)
+
+    def call(*tensors: Tensor, **kwargs):
+        tokens = tensors[-1].shape[-2]  # of sin: (K, d) or (1, T, d)
+        for tensor in tensors:
+            for axis in [axis for axis, size in enumerate(tensor.shape) if size == tokens]:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return optimised(*tensors, **kwargs)
+
+    call.compiled = True
+    return call
+
+
+def tower_attention(
+    self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings=None, max_seqlen=None, **kwargs
+):
+    """A vision block's attention with split_rotated, where all frames go through one call (train/vision.py): (K, D) -> (K, D)."""
+    name = self.config._attn_implementation
+    if name not in (VISION_VARLEN, VISION_CUDNN):  # one frame after the other: the library's own
+        forward = type(self).forward
+        return forward(
+            self, hidden_states, cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen, **kwargs
+        )
+    qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
+    states = compiled_per_token(split_rotated)(qkv, *position_embeddings)
+    query, key, value = (x.transpose(0, 1)[None] for x in states)
+    out, _ = AttentionInterface._global_mapping[name](
+        self, query, key, value, None, scaling=self.scaling, cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen, **kwargs
+    )
+    return self.proj(out.reshape(len(hidden_states), -1))
+
+
 def fuse_elementwise(hf: nn.Module) -> int:
-    """Replace forwards of the model's norms and gated MLPs, and its module's rotations; -> modules changed.
+    """Replace forwards of norms, gated MLPs and the tower's attention, and the library's rotations; -> modules changed.
 
     Only `forward` changes, so parameter names and ZeRO-3's hooks stay. Qwen3.5's norm has another formula and is left.
     """
@@ -53,14 +108,16 @@ def fuse_elementwise(hf: nn.Module) -> int:
             module.forward = MethodType(norm, module)
         elif hasattr(module, "gate_proj") and isinstance(getattr(module, "act_fn", None), (nn.SiLU, _silu_class())):
             module.forward = MethodType(mlp, module)
+        elif type(module).__name__.endswith("VisionAttention") and hasattr(module, "qkv"):
+            module.forward = MethodType(tower_attention, module)
         else:
             continue
         changed += 1
     library = sys.modules[type(hf).__module__]
     for name in ROTATIONS:
         function = getattr(library, name, None)
-        if function is not None and not hasattr(function, "_torchdynamo_orig_callable"):
-            setattr(library, name, compiled(function))
+        if function is not None and not hasattr(function, "compiled"):
+            setattr(library, name, compiled_per_token(function))
     return changed
 
 

@@ -12,6 +12,7 @@ two kinds of query is one slice: no gather per layer.
 Backends (`--attention`), all behind `packed_attention`, chosen once at start by `choose_attention`:
     sdpa    one explicit mask per group; any device and dtype; what CPU runs use
     flex    FlexAttention with a block mask; grouped heads; CUDA
+    cudnn   cuDNN's dense kernels for long prompts, merged by log-sum-exps (train/cudnn_attention.py); flex for short ones; CUDA
     varlen  torch.nn.attention.varlen: prompts in one call, responses over [prompt, own response] in another; CUDA
     flash2  the same two calls on flash-attn 2; CUDA, where it is installed
     flash4  flash-attn 4 (CuTe kernels for Hopper and later), where it is installed; CUDA. Its log-sum-exps have gradients, so
@@ -33,10 +34,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from data.records import Group
+from train import cudnn_attention
 from train.sequence_parallel import SequenceSet, attend
+from train.transfer import send, send_joined
 
 PACKED = "reelrl_packed"  # the name under which transformers finds packed_attention
-BACKENDS = ("sdpa", "flex", "varlen", "flash2", "flash4")
+BACKENDS = ("sdpa", "flex", "cudnn", "varlen", "flash2", "flash4")
 VARLEN = ("varlen", "flash2", "flash4")  # those of kernels for variable lengths
 # Module of each package: flash-attn 4 lies in the namespace flash_attn, so that name alone says nothing.
 PACKAGES = {"flash2": "flash_attn.flash_attn_interface", "flash4": "flash_attn.cute.interface"}
@@ -109,6 +112,8 @@ def pack(
     Raises ValueError if a response holds an id that is never sampled (its log-prob would be -inf), or if a group has
     no response.
     """
+    if backend == "cudnn" and all(len(group.prompt.input_ids) < cudnn_attention.LONG_PROMPT for group in groups):
+        backend = "flex"
     spans, prompt_start = [], 0
     responses_start = prompts_length = sum(len(group.prompt.input_ids) for group in groups)
     ids, positions = [], []
@@ -159,21 +164,17 @@ def pack(
     patches = [group.prompt.patches for group in groups if group.prompt.patches is not None]
     grids = [np.asarray(group.prompt.grid_thw).reshape(-1, 3) for group in groups if group.prompt.patches is not None]
 
-    def send(arrays: list[np.ndarray], axis: int = 0) -> Tensor:
-        joined = np.concatenate(arrays, axis=axis) if arrays else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(np.ascontiguousarray(joined)).to(device, non_blocking=True)
-
     return Packed(
         layout=Layout(spans, prompts_length, length + padding, backend, sequence=sequence),
-        input_ids=send(ids),
-        position_ids=send(positions, axis=1),
-        visual_positions=send(visual),
-        predictors=send(predictors),
-        targets=send(targets),
-        rows=send(rows),
-        columns=send(columns),
+        input_ids=send_joined(ids, device),
+        position_ids=send_joined(positions, device, axis=1),
+        visual_positions=send_joined(visual, device),
+        predictors=send_joined(predictors, device),
+        targets=send_joined(targets, device),
+        rows=send_joined(rows, device),
+        columns=send_joined(columns, device),
         shape=(row, max(max(span.response_lengths) for span in spans)),
-        patches=send(patches) if patches else None,
+        patches=send_joined(patches, device) if patches else None,
         grid_thw=np.concatenate(grids) if grids else np.zeros((0, 3), dtype=np.int64),
     )
 
@@ -242,7 +243,7 @@ def flex_block_mask(layout: Layout, device: torch.device):
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    ranges = visible_ranges(layout).to(device)
+    ranges = send(visible_ranges(layout), device)
     prompt_start, prompt_end, own_start = ranges
     queries = torch.arange(layout.length, device=device, dtype=torch.int32)
     first = torch.arange(0, layout.length, FLEX_BLOCK, device=device, dtype=torch.int32)  # of each block of keys
@@ -295,7 +296,7 @@ def varlen_offsets(layout: Layout, device: torch.device) -> dict[str, object]:
                 queries.append(queries[-1] + length)
                 keys.append(keys[-1] + span.prompt_length + length)
     longest = [max(b - a for a, b in pairwise(cu)) if len(cu) > 1 else 0 for cu in (prompts, queries, keys)]
-    tensors = [torch.tensor(cu, dtype=torch.int32).to(device, non_blocking=True) for cu in (prompts, queries, keys)]
+    tensors = [send(torch.tensor(cu, dtype=torch.int32), device) for cu in (prompts, queries, keys)]
     return {"prompts": (tensors[0], longest[0]), "queries": (tensors[1], longest[1]), "keys": (tensors[2], longest[2])}
 
 
@@ -370,7 +371,7 @@ def response_offsets(layout: Layout, device: torch.device) -> dict[str, tuple[Te
     single = [length for span in layout.spans for length in span.response_lengths if length]
     lengths = {"prompts": [span.prompt_length for span in layout.spans], "groups": groups, "responses": single}
     return {
-        name: (torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device, non_blocking=True), max(each))
+        name: (send(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device), max(each))
         for name, each in lengths.items()
     }
 
@@ -386,7 +387,7 @@ def flash4_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: floa
     offsets = layout.ready["response_offsets"]
     if offsets is None:
         return varlen_packed(q, k, v, layout, scaling)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
     end = layout.prompts_length
     (prompts, longest_prompt), (groups, longest_group), (responses, longest) = offsets.values()
     first = _flash4_causal(q[:end], k[:end], v[:end], prompts, prompts, longest_prompt, longest_prompt, scaling)
@@ -405,7 +406,7 @@ def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: floa
         layout.ready["offsets"] = varlen_offsets(layout, q.device)
     offsets = layout.ready["offsets"]
     kernel = {"varlen": _torch_varlen_causal, "flash2": _flash2_causal, "flash4": _flash4_causal}[layout.backend]
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, heads, d)
     end = layout.prompts_length
     cu, longest = offsets["prompts"]
     prompts = kernel(q[:end], k[:end], v[:end], cu, cu, longest, longest, scaling)
@@ -418,7 +419,8 @@ def varlen_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: floa
 
 
 _KERNELS = {
-    "sdpa": sdpa_packed, "flex": flex_packed, "varlen": varlen_packed, "flash2": varlen_packed, "flash4": flash4_packed,
+    "sdpa": sdpa_packed, "flex": flex_packed, "cudnn": cudnn_attention.cudnn_packed, "varlen": varlen_packed,
+    "flash2": varlen_packed, "flash4": flash4_packed,
 }  # fmt: skip
 
 
@@ -449,17 +451,24 @@ def why_missing(module: str) -> str | None:
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `--attention name` means here. Raises ValueError with the reason if it cannot run.
 
-    auto: sdpa on CPU; on CUDA flex, which was the fastest measured on one H200 (docs/performance.md).
+    auto: sdpa on CPU; on Hopper in 16 bits cudnn, which was the fastest measured there (docs/gpu_results.md); flex on other GPUs,
+    where it has not been measured, and in fp32.
     """
     if name == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
+        fast = (
+            device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.backends.cudnn.is_available()
+        )
+        hopper = fast and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+        return "cudnn" if hopper else "flex" if device.type == "cuda" else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"--attention {name!r} is not one of auto, {', '.join(BACKENDS)}")
-    if name in VARLEN:
+    if name in (*VARLEN, "cudnn"):
         if device.type != "cuda":
             raise ValueError(f"--attention {name} needs CUDA; on a CPU use --attention sdpa")
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"--attention {name} has no {dtype} kernel; use flex or sdpa, or --dtype bf16")
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
+        raise ValueError("--attention cudnn: this torch has no cuDNN; use --attention flex")
     if name in PACKAGES and (missing := why_missing(PACKAGES[name])):
         package = "flash-attn" if name == "flash2" else "flash-attn-4"
         raise ValueError(

@@ -12,7 +12,7 @@ from train.group_attention import PACKED, Packed
 from train.linear_attention import fork_linear_attention, has_linear_attention
 from train.sequence_parallel import join, share_features, take_slice
 from train.token_logprobs import output_layer_gives_logprobs
-from train.vision import VISION_VARLEN, patch_embedding_as_matmul, run_tower, smallest_grid
+from train.vision import patch_embedding_as_matmul, run_tower, smallest_grid
 
 
 def add_at_positions(hidden: Tensor, positions: Tensor, features: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ class PackedModel(nn.Module):
     hf: AutoModelForImageTextToText of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint.
     normalisation: (mean, std) per channel, see data.normalise.read_normalisation.
     banned_ids: ids that are never sampled; their probability is zero here as it is in the sampler.
+    vision_attention: train.vision.VISION_VARLEN or VISION_CUDNN (CUDA, 16 bits); None: the tower's own.
     value_head: build a critic (a value per response token) instead of log-probs; the output layer is dropped.
     fused: compile norms, rotations and gated products (train.fused).
     """
@@ -40,7 +41,7 @@ class PackedModel(nn.Module):
         normalisation: tuple[tuple[float, ...], tuple[float, ...]],
         banned_ids: tuple[int, ...] = (),
         logit_chunk: int = 1024,
-        vision_varlen: bool = False,
+        vision_attention: str | None = None,
         value_head: nn.Module | None = None,
         fused: bool = False,
     ):
@@ -51,8 +52,8 @@ class PackedModel(nn.Module):
         hf.model.language_model.config._attn_implementation = PACKED
         if has_linear_attention(hf.config):
             fork_linear_attention(hf.model.language_model)
-        if vision_varlen:
-            hf.model.visual.config._attn_implementation = VISION_VARLEN
+        if vision_attention is not None:
+            hf.model.visual.config._attn_implementation = vision_attention
         if hasattr(hf.model.language_model, "_deepstack_process"):  # Qwen3-VL
             hf.model.language_model._deepstack_process = add_at_positions
         patch_embedding_as_matmul(hf.model.visual)

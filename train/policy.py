@@ -29,6 +29,7 @@ from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
 from train.resident import gather, remove_hooks, settle
 from train.sequence_parallel import SequenceSet, check_model, sequence_set
+from train.vision import choose_vision_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -440,7 +441,7 @@ def _wrap(hf, args, model_dir, device, attention, banned_ids, normalisation, val
         normalisation=normalisation or read_normalisation(model_dir),
         banned_ids=tuple(banned_ids),
         logit_chunk=getattr(args, "logit_chunk", 1024),
-        vision_varlen=device.type == "cuda" and hf.dtype in (torch.bfloat16, torch.float16),
+        vision_attention=choose_vision_attention(attention, device, hf.dtype),
         value_head=value_head,
         fused=device.type == "cuda" and getattr(args, "fused", False),
     )

@@ -7,6 +7,8 @@ processors do it on the host.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate
 from types import MethodType
 
 import numpy as np
@@ -15,8 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from train.cudnn_attention import dense_frames
+from train.transfer import send
+
 # "flash" in the name: transformers then hands over cu_seqlens instead of one frame per call.
 VISION_VARLEN = "varlen_flash_vision"
+VISION_CUDNN = "cudnn_flash_vision"
+FEWEST_FRAMES = 4  # of one size in a row, for which a dense call pays
+MOST_FRAMES = 64  # of one call: five numbers of frames, so that few of cuDNN's plans serve all clips
 
 
 def patch_embedding_as_matmul(tower: nn.Module) -> None:
@@ -36,22 +44,81 @@ def patch_embedding_as_matmul(tower: nn.Module) -> None:
     projection.forward = MethodType(forward, projection)
 
 
-def vision_attention_varlen(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """All frames of all grids in one kernel call: (1, heads, K, d) with `cu_seq_lens_q` from the tower. CUDA only."""
+@dataclass(slots=True)
+class FrameRuns:
+    """Frames of a micro-batch in runs of one size, for dense calls; what is left goes through the kernel for variable lengths."""
+
+    cu_seqlens: Tensor  # the tower's own: attention over other segments (Qwen2.5-VL's windows) has another one
+    runs: list[tuple[int, int]]  # (frames, patches of each), in order; (0, patches) of a part that is left
+    cu_left: Tensor  # (frames left + 1,) int32
+    longest_left: int
+
+
+def frame_runs(grid_thw: np.ndarray, cu_seqlens: Tensor) -> FrameRuns:
+    """Runs of a power of two frames: a grid of 50 frames gives 32, 16 and 2 that are left."""
+    runs, left = [], []
+    for frames, height, width in np.asarray(grid_thw).reshape(-1, 3).tolist():
+        patches = height * width
+        while frames >= FEWEST_FRAMES:
+            count = min(MOST_FRAMES, 1 << (frames.bit_length() - 1))
+            runs.append((count, patches))
+            frames -= count
+        if frames:
+            runs.append((0, frames * patches))
+            left += [patches] * frames
+    cu_left = send(torch.tensor([0, *accumulate(left)], dtype=torch.int32), cu_seqlens.device)
+    return FrameRuns(cu_seqlens, runs, cu_left, max(left, default=0))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scaling: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (K, heads, d)
-    cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     default = q.shape[-1] ** -0.5
     if abs(scaling - default) > 1e-9 * default:
         q = q * (scaling / default)  # torch 2.11's kernel has no scale argument
-    return varlen_attn(q, k, v, cu, cu, longest, longest)[None], None
+    return varlen_attn(q, k, v, cu, cu, longest, longest)
+
+
+def vision_attention_varlen(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """All frames of all grids in one kernel call: (1, heads, K, d) with `cu_seq_lens_q` from the tower. CUDA only."""
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (K, heads, d)
+    return _varlen(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling)[None], None
+
+
+def vision_attention_cudnn(module, query, key, value, attention_mask, scaling=None, frame_runs=None, **kwargs):
+    """The same with cuDNN's dense kernels for runs of frames of one size, which are half as long again as fast on Hopper."""
+    if frame_runs is None or kwargs["cu_seq_lens_q"] is not frame_runs.cu_seqlens:  # windows
+        return vision_attention_varlen(module, query, key, value, attention_mask, scaling, **kwargs)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (K, heads, d); the kernel takes any strides
+    (first, _), *more = frame_runs.runs
+    if first and not more:
+        return dense_frames(q, k, v, first, scaling)[None], None
+    sizes = [frames * patches if frames else patches for frames, patches in frame_runs.runs]
+    split = [x.split(sizes) for x in (q, k, v)]
+    left = [[part for part, (frames, _) in zip(parts, frame_runs.runs) if not frames] for parts in split]
+    rest = iter(())
+    if left[0]:
+        whole = _varlen(*map(torch.cat, left), frame_runs.cu_left, frame_runs.longest_left, scaling)
+        rest = iter(whole.split([len(part) for part in left[0]]))
+    out = [
+        dense_frames(*each, frames, scaling) if frames else next(rest)
+        for *each, (frames, _) in zip(*split, frame_runs.runs)
+    ]
+    return torch.cat(out)[None], None
 
 
 AttentionInterface.register(VISION_VARLEN, vision_attention_varlen)
+AttentionInterface.register(VISION_CUDNN, vision_attention_cudnn)
 
 
-def grid_inputs(tower: nn.Module, grid_thw: np.ndarray, device: torch.device) -> dict[str, Tensor | int]:
+def choose_vision_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The tower's kernel beside a decoder with `attention`; None: the library's, one call per frame."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return VISION_CUDNN if attention == "cudnn" else VISION_VARLEN
+
+
+def grid_inputs(tower: nn.Module, grid_thw: np.ndarray, device: torch.device) -> dict[str, Tensor | int | FrameRuns]:
     """What the tower derives from the grids, computed on the host and sent once: no device synchronisation inside.
 
     The names are those under which the tower's forward looks for precomputed values.
@@ -60,9 +127,9 @@ def grid_inputs(tower: nn.Module, grid_thw: np.ndarray, device: torch.device) ->
 
     grid = torch.as_tensor(np.ascontiguousarray(grid_thw), dtype=torch.long).view(-1, 3)
     merge = tower.spatial_merge_size
-    out: dict[str, Tensor | int] = {"cu_seqlens": vu.get_vision_cu_seqlens(grid)}
+    out: dict[str, Tensor] = {"cu_seqlens": vu.get_vision_cu_seqlens(grid)}
     out["position_ids"] = vu.get_vision_position_ids(grid, merge)
-    longest = {"max_seqlen": int((grid[:, 1] * grid[:, 2]).max())}
+    longest: dict[str, int | FrameRuns] = {"max_seqlen": int((grid[:, 1] * grid[:, 2]).max())}
     if hasattr(tower, "window_size"):
         index, cu = vu.get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
         out["window_index"], out["cu_window_seqlens"] = index, cu
@@ -75,7 +142,10 @@ def grid_inputs(tower: nn.Module, grid_thw: np.ndarray, device: torch.device) ->
             align_corners=tower.interpolation_align_corners,
             spatial_merge_size=merge,
         )
-    return {**{name: value.to(device, non_blocking=True) for name, value in out.items()}, **longest}
+    sent = {name: send(value, device) for name, value in out.items()}
+    if tower.config._attn_implementation == VISION_CUDNN:
+        longest["frame_runs"] = frame_runs(grid_thw, sent["cu_seqlens"])
+    return {**sent, **longest}
 
 
 def run_tower(tower: nn.Module, pixels: Tensor, grid_thw: np.ndarray) -> list[Tensor]:

@@ -14,9 +14,11 @@ from data.normalise import read_normalisation
 from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
+from train import cudnn_attention
 from train.fused import ROTATIONS
 from train.group_attention import PACKAGES, pack, why_missing
 from train.packed_model import PackedModel
+from train.vision import choose_vision_attention
 
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
 
@@ -38,7 +40,7 @@ def run(
     model = PackedModel(
         copy.deepcopy(plain).to(device=device, dtype=dtype),
         normalisation=read_normalisation(folder),
-        vision_varlen=dtype == torch.bfloat16,
+        vision_attention=choose_vision_attention(backend, device, dtype),
         fused=fused,
     ).train()
     parts = [[Group(g.prompt, [r])] for g in groups for r in g.responses] if rows else [groups]
@@ -76,9 +78,11 @@ FLASH4 = pytest.param(
 )
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen", FLASH4])
-def test_bf16_is_as_near_as_rows_are(family, reference, backend):
+@pytest.mark.parametrize("backend", ["flex", "cudnn", "varlen", FLASH4])
+def test_bf16_is_as_near_as_rows_are(family, reference, backend, monkeypatch):
     """bf16 rounds; packing must not add to it: packed and rows are equally far from fp32, on the same kernel."""
+    monkeypatch.setattr(cudnn_attention, "LONG_PROMPT", 16)  # the tiny models' prompts count as long ones
+    monkeypatch.setattr(cudnn_attention, "PROMPT_STEP", 16)
     packed, rows = (run(family, torch.bfloat16, backend, rows=flag) for flag in (False, True))
     far = {name: (made[0] - reference[0]).abs().mean() for name, made in (("packed", packed), ("rows", rows))}
     assert far["packed"] < 1.5 * far["rows"] + 1e-3

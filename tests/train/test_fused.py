@@ -7,14 +7,18 @@ import importlib
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText
 
 from data.normalise import read_normalisation
 from tests.tiny_models import tiny_model
-from tests.train.packed_cases import PromptMaker
+from tests.train.packed_cases import PromptMaker, float64_throughout
+from tests.train.test_attention_backends import loop_kernel
+from tests.train.test_packed import compare, models  # noqa: F401 - models is a fixture
 from train.fused import ROTATIONS, fuse_elementwise, gated, rms_norm
 from train.group_attention import pack
 from train.packed_model import PackedModel
+from train.vision import VISION_CUDNN, VISION_VARLEN
 
 
 def test_formulas_by_hand():
@@ -27,12 +31,14 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_every_norm_and_mlp_is_found(family, monkeypatch):
-    monkeypatch.setattr("train.fused.compiled", lambda function: function)
+    for name in ("compiled", "compiled_per_token"):
+        monkeypatch.setattr(f"train.fused.{name}", lambda function: function)
     hf = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=torch.float32)
     names = [type(module).__name__ for module in hf.modules()]
     norms = sum(name.endswith("RMSNorm") for name in names)
     gates = sum(hasattr(module, "gate_proj") for module in hf.modules())
-    assert fuse_elementwise(hf) == gates + (0 if family == "qwen3_5" else norms) > 0
+    blocks = len(hf.model.visual.blocks)
+    assert fuse_elementwise(hf) == blocks + gates + (0 if family == "qwen3_5" else norms) > blocks
 
 
 @pytest.mark.slow
@@ -59,3 +65,37 @@ def test_same_log_probs_and_gradients(family, monkeypatch):
     assert (rows - plain_rows).abs().max() < 1e-5
     for name, gradient in plain_grads.items():
         assert (grads[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("vision", [VISION_VARLEN, VISION_CUDNN])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_towers_attention_with_all_frames_in_one_call(models, monkeypatch, family, vision):  # noqa: F811
+    """Split, rotation and frame calls of CUDA's path, eager in float64 and with loops for kernels, against the plain tower."""
+    calls = []
+
+    def dense_frames(q, k, v, frames, scaling):
+        calls.append((frames, len(q) // frames))
+        each = [x.view(frames, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        return scaled_dot_product_attention(*each, scale=scaling).transpose(1, 2).reshape(q.shape)
+
+    def varlen(q, k, v, cu, longest, scaling):
+        return loop_kernel(q, k, v, cu, cu, longest, longest, scaling, causal=False)[0]
+
+    for name in ("compiled", "compiled_per_token"):
+        monkeypatch.setattr(f"train.fused.{name}", lambda function: function)
+    monkeypatch.setattr("train.vision.dense_frames", dense_frames)
+    monkeypatch.setattr("train.vision._varlen", varlen)
+    with float64_throughout():
+        plain, packed, maker = models(family, torch.float64)
+        library = importlib.import_module(type(plain).__module__)
+        for name in ROTATIONS:
+            monkeypatch.setattr(library, name, getattr(library, name))
+        made = PackedModel(
+            copy.deepcopy(plain), normalisation=packed.normalisation, banned_ids=(440, 441), vision_attention=vision,
+            fused=True,
+        ).train()  # fmt: skip
+        cases = [maker.group("both", [5, 9], 1), maker.group("video", [3], 2)]
+        logprobs, entropy, gradients = compare(plain, made, cases)
+    assert logprobs <= 1e-10 and entropy <= 1e-10
+    assert max(gradients.values()) <= 1e-10, max(gradients, key=gradients.get)
+    assert bool(calls) == (vision == VISION_CUDNN)

@@ -313,7 +313,7 @@ def test_vision_varlen_is_given_every_frame_at_once(models, family, monkeypatch)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     settings = {"normalisation": packed.normalisation, "banned_ids": (440, 441)}
-    varlen = PackedModel(plain, **settings, vision_varlen=True)
+    varlen = PackedModel(plain, **settings, vision_attention=VISION_VARLEN)
     group, _ = maker.group("both", [5, 3], 3)
     results = []
     for model in (packed, varlen):
@@ -374,11 +374,30 @@ def test_mismatched_grid_is_named(models):
         packed(pack([group], backend="sdpa", device=CPU))
 
 
+def test_auto_takes_cudnn_on_hopper_in_16_bits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    chosen = {}
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        chosen[capability] = [
+            choose_attention("auto", torch.device("cuda"), dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        ]
+    assert chosen == {(8, 0): ["flex"] * 3, (9, 0): ["cudnn", "cudnn", "flex"], (10, 0): ["flex"] * 3}
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16) == "flex"
+    with pytest.raises(ValueError, match="this torch has no cuDNN; use --attention flex"):
+        choose_attention("cudnn", torch.device("cuda"), torch.bfloat16)
+
+
 def test_backends_that_cannot_run_are_refused():
     assert choose_attention("auto", CPU, torch.float32) == "sdpa"
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16) == "flex"
-    with pytest.raises(ValueError, match="varlen needs CUDA"):
-        choose_attention("varlen", CPU, torch.bfloat16)
+    for name in ("varlen", "cudnn"):
+        with pytest.raises(ValueError, match=f"{name} needs CUDA"):
+            choose_attention(name, CPU, torch.bfloat16)
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
     for name, package in (("flash2", "flash-attn"), ("flash4", "flash-attn-4")):

@@ -1,0 +1,27 @@
+"""Host arrays on their way to the device, without the host waiting for what the device does before."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """values on `device`. For CUDA through page-locked memory: a copy from any other waits until the stream has come to it, so
+    that nothing is queued behind it meanwhile. The locked memory is torch's and used again."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def send_joined(arrays: list[np.ndarray], device: torch.device, axis: int = 0) -> Tensor:
+    """np.concatenate(arrays, axis) on `device`, written into page-locked memory at once; no array: an empty one of int64."""
+    if not arrays:
+        return torch.zeros(0, dtype=torch.long, device=device)
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(array.shape[axis] for array in arrays)
+    dtype = torch.from_numpy(np.empty(0, dtype=arrays[0].dtype)).dtype
+    host = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, axis=axis, out=host.numpy())
+    return host.to(device, non_blocking=True)
