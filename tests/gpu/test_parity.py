@@ -20,7 +20,7 @@ TOGETHER = {
     "qwen3_vl tied": ("qwen3_vl", True, "varlen"),
 }
 LATER = {"qwen3_5": ("qwen3_5", False, "flex")}  # its kernels are compiled for minutes, in which no other could start
-ALONE = ("qwen3_vl", False, "flex")
+ALONE = ("qwen3_vl", False, "auto")
 NAMES = (*TOGETHER, *LATER, "qwen3_vl")
 
 
