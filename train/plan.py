@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -19,16 +20,18 @@ STATE_BYTES = {"adamw": 2 + 4 + 4 + 8, "adamw_stochastic": 2 + 4 + 8, "adamw_kah
 
 
 def total_steps(args, samples: int) -> int:
-    """Steps of the run: --max_steps, else --epochs passes over the data. Raises ValueError if that is not one step."""
+    """Steps of the run: --max_steps, else --epochs passes over `samples` usable rows, of which what does not fill a step is
+    dropped. Raises ValueError if that is not one step; 1 then under --validate_only, which takes none."""
     if args.max_steps is not None:
         return args.max_steps
     steps = int(args.epochs * samples / args.prompts_per_step)
-    if steps < 1:
+    if steps < 1 and not args.validate_only:
         raise ValueError(
-            f"--epochs {args.epochs} over {samples} samples is less than one step of --prompts_per_step "
-            f"{args.prompts_per_step}: lower it, or give --max_steps"
+            f"--data {' '.join(args.data)}: {samples} usable rows, {math.ceil(args.prompts_per_step / args.epochs)} are "
+            f"needed for one step of --prompts_per_step {args.prompts_per_step} in --epochs {args.epochs:g}; add rows, lower "
+            "--prompts_per_step, or take rows more than once: raise --epochs or give --max_steps"
         )
-    return steps
+    return max(steps, 1)
 
 
 def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
