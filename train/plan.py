@@ -14,9 +14,6 @@ from data.records import Sample
 from train.presets import explain
 
 SAMPLES_COUNTED = 200
-# bf16 weights, fp32 gradients (DeepSpeed's buffer of grad_accum_dtype fp32 never goes away), fp32 master weights or bf16
-# residues where there are any, two fp32 moments; per parameter, shared by all ranks.
-STATE_BYTES = {"adamw": 2 + 4 + 4 + 8, "adamw_stochastic": 2 + 4 + 8, "adamw_kahan": 2 + 4 + 2 + 8}
 
 
 def total_steps(args, samples: int) -> int:
@@ -94,7 +91,9 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
 def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_size: int) -> list[str]:
     """ZeRO-3 states and KV cache in GiB per rank, by arithmetic on the configuration."""
     from train import flops
+    from train.memory import BF16, FP32, OPTIMIZER_BYTES
 
+    states = BF16 + FP32 + OPTIMIZER_BYTES[args.optimizer]  # per parameter, shared by all ranks
     shape = flops.read_shape(config)
     count = flops.parameters(shape)["total"]
     kv_bytes = 2 * 2 * shape.full_layers * shape.kv_heads * shape.head_dim  # linear attention has no such cache
@@ -103,7 +102,7 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
     gib = 1024**3
     return [
         f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
-        f"  ZeRO-3 states {count * STATE_BYTES[args.optimizer] / world_size / gib:.2f} GiB ({STATE_BYTES[args.optimizer]} bytes "
+        f"  ZeRO-3 states {count * states / world_size / gib:.2f} GiB ({states} bytes "
         "per parameter: bf16 weights, fp32 gradients, master weights where the optimiser has them, two moments)",
         *resident_lines(args, count, world_size),
         f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "
