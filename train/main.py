@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # torchrun puts train/ there
 
-from train.args import parse_args, profiled_steps
+from train.args import parse_args, profiled_steps, refuse
 
 SCORING_TROUBLE = ("timeout", "killed", "judge_failed", "bad_ground_truth")  # rank 0's counts so far, logged if any
 
@@ -337,8 +337,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         steps = total_steps(args, len(samples))
     except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
-        say(f"train/main.py: {error}", file=sys.stderr, flush=True)
-        return 2
+        return refuse("train/main.py", error)
     return train(args, steps, samples, held_out)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from train import sft_args
-from train.args import build_parser, check_args, parse_args, profiled_steps
+from train.args import build_parser, check_args, parse_args, profiled_steps, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +84,17 @@ def test_bad_flags_are_named(required, capsys, flags, words):
 def test_several_problems_come_in_one_message(required, capsys):
     message = refused(capsys, [*required, "--temperature", "0", "--fps", "-1"])
     assert "--temperature" in message and "--fps" in message
+
+
+def test_rank_0_speaks_first_and_the_others_only_if_nobody_ended_them(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    for rank, expected in ((None, []), ("0", []), ("3", [(30.0, "")])):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert refuse("train/sft.py", ValueError("a.jsonl: 2 rows")) == 2 and waited == expected
+        assert capsys.readouterr().err == "train/sft.py: a.jsonl: 2 rows\n"
 
 
 @pytest.mark.parametrize("program,parse", [("train/main.py", parse_args), ("train/sft.py", sft_args.parse_args)])

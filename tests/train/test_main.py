@@ -15,6 +15,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
+from tests.run_ranks import torchrun
 from tests.train import run_main
 from train import checkpoint
 
@@ -103,6 +104,11 @@ def test_fewer_rows_than_a_step_are_one_line_before_anything_is_built(playground
         "add rows, lower --prompts_per_step, or take rows more than once: raise --epochs or give --max_steps"
     )
     assert "Traceback" not in done.stderr
+    # Two ranks, of which rank 0 is the slower one: torchrun must not end it before it has said so.
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(4 * (os.environ.get('RANK') == '0'))\n")
+    slow = {**options, "env": {**run_main.environment(), "PYTHONPATH": str(tmp_path)}}
+    done = subprocess.run([*torchrun(program[1], 2), *program[2:]], **slow)
+    assert done.returncode != 0 and done.stderr.count("train/main.py: --data") == 1, done.stderr[-3000:]
     done = subprocess.run([*program, "--epochs", "2", "--dry_run"], **options)
     assert done.returncode == 0 and "2 samples, 1 steps = 2.00 epochs" in done.stdout, done.stderr[-3000:]
 
