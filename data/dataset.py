@@ -25,7 +25,7 @@ from typing import Any
 
 from data.prompts import order_media
 from data.records import DATA_TYPES, Media, Sample, canonical_problem_type
-from data.rows import MEDIA_FIELDS, BadRow, expand_files, media_of_row, read_rows
+from data.rows import MEDIA_FIELDS, BadRow, expand_files, media_of_row, read_rows, refuse_bytes
 
 SHOWN_PROBLEMS = 20  # of a long list; the count is always given
 ANSWER_TAGS = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
@@ -156,6 +156,7 @@ def _first(row: dict[str, Any], names: tuple[str, ...], default=("", None)) -> t
 
 def _sample(row, file: str, line: int, root: str | None, names, media_fields) -> Sample:
     """One row -> Sample. Raises BadRow."""
+    refuse_bytes(row, *(_first(row, choices)[0] for choices in names.values()))
     field, question = _first(row, names["problem"])
     if not isinstance(question, str) or not question.strip():
         raise BadRow(f"{names['problem'][0]}: missing or empty", "give the question as text")

@@ -18,6 +18,7 @@ from typing import Any
 from data.records import Media, StoredBytes
 from data.stored import from_base64, is_column_file, keep_place, parquet_rows, saved_rows
 
+AS_TEXT = 'write the column again as UTF-8 text (in pandas: column.str.decode("utf-8"), or what it is encoded in)'
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -101,6 +102,22 @@ def _object(value: Any, escaped: bool = False) -> dict[str, Any] | BadRow:
     return value
 
 
+def refuse_bytes(row: dict[str, Any], *names: str) -> None:
+    """Raises BadRow for a field that is bytes, or a list or object with bytes in it, where text is expected: a binary
+    column of Parquet or Arrow, whose str() would be "b'...'"."""
+    for name in names:
+        if _holds_bytes(row.get(name)):
+            raise BadRow(f"{name}: holds bytes, not text", AS_TEXT)
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_bytes, value))
+    if isinstance(value, dict):
+        return any(map(_holds_bytes, value.values()))
+    return isinstance(value, (bytes, bytearray))
+
+
 def _not_a_number(name: str):
     raise ValueError(f"{name} is not JSON")
 
@@ -170,6 +187,9 @@ def _read_csv(file: str):
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, delimiter="\t" if file.lower().endswith(".tsv") else ",")
+            names = [name for name in reader.fieldnames or () if name]
+            if repeated := next((name for place, name in enumerate(names) if name in names[:place]), None):
+                raise ValueError(f"{file}:1: two columns are called {repeated}; rename one, or leave it out")
             for row in reader:
                 if None in row:
                     yield before + 1, BadRow("more fields than the header", "quote the field that holds a comma")
@@ -230,8 +250,11 @@ def _read_hub(name: str):
             yield start + offset, _without_nulls(row)
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any] | BadRow:
     """A column store gives every row every column; a null is a field the row does not have."""
+    for name, value in row.items():
+        if isinstance(value, UnicodeDecodeError):
+            return BadRow(f"{name}: is not UTF-8 ({value})", AS_TEXT)
     return {name: value for name, value in row.items() if value is not None}
 
 

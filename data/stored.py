@@ -70,20 +70,63 @@ def from_base64(text: str) -> bytes:
 
 def parquet_rows(file: str) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file in order. What is in memory is some pages (pyarrow writes 1024 values in one) of a row
-    group, whatever the size of the file and its row groups."""
+    group, whatever the size of the file and its row groups. A text that is not UTF-8 comes as its UnicodeDecodeError.
+
+    Raises ValueError for two columns of one name."""
     import pyarrow
 
-    for group in range(_layout(*_version(file)).groups):
+    layout = _layout(*_version(file))
+    repeated = repeated_column(layout.metadata.schema.to_arrow_schema())
+    if repeated:
+        raise ValueError(f"{file}: two columns are called {repeated}; rename one, or leave it out")
+    for group in range(layout.groups):
         for batch in _group_batches(file, group, None):
-            yield from batch.to_pylist()
+            yield from _rows(batch)
     pyarrow.default_memory_pool().release_unused()  # its allocator would keep what it once had
 
 
 def saved_rows(folder: str) -> Iterator[dict[str, Any]]:
-    """The rows of a folder written by save_to_disk, as they lie: images stay {bytes, path}, nothing is decoded."""
+    """The rows of a folder written by save_to_disk, as they lie: images stay {bytes, path}, nothing is decoded. A text that
+    is not UTF-8 comes as its UnicodeDecodeError."""
     for batch in _saved_batches(folder):
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            yield from batch.slice(start, BATCH_ROWS).to_pylist()
+            yield from _rows(batch.slice(start, BATCH_ROWS))
+
+
+def repeated_column(fields: Any) -> str | None:
+    """The name that two columns of an Arrow schema share, or two fields inside a column ("images.bytes"); None if none do."""
+    import pyarrow
+
+    names = [field.name for field in fields]
+    for place, field in enumerate(fields):
+        if field.name in names[:place]:
+            return field.name
+        inner = field.type
+        while (
+            pyarrow.types.is_list(inner)
+            or pyarrow.types.is_large_list(inner)
+            or pyarrow.types.is_fixed_size_list(inner)
+        ):
+            inner = inner.value_type
+        if pyarrow.types.is_struct(inner) and (found := repeated_column(list(inner))):
+            return f"{field.name}.{found}"
+    return None
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # says neither the row nor the column: they are looked for one by one
+        columns = zip(batch.schema.names, batch.columns)
+        cells = {name: [_text_or_error(cell) for cell in column] for name, column in columns}
+        return [{name: values[row] for name, values in cells.items()} for row in range(batch.num_rows)]
+
+
+def _text_or_error(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _saved_batches(folder: str) -> Iterator[Any]:

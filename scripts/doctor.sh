@@ -90,7 +90,20 @@ if torch is not None:
         except ImportError:
             row(name, "not in this torch")
     row("Triton", version("triton", "triton-windows") or "not installed")
-    row("Qwen3.5 linear", version("flash-linear-attention") or "flash-linear-attention not installed: torch's slow path")
+    print("\nQwen3.5's linear layers on CUDA (other models need neither)")
+    for name, packages, module, without, install in (
+        ("gated rule", ("flash-linear-attention", "fla-core"), "fla.ops.gated_delta_rule",
+         "torch's own chunked rule runs: right, but over 10 times slower by transformers' own account", "flash-linear-attention"),
+        ("convolution", ("causal-conv1d",), "causal_conv1d", "torch's own convolution runs: right, but slower",
+         "causal-conv1d --no-build-isolation  (needs nvcc)"),
+    ):
+        found = version(*packages)
+        try:  # transformers takes its own, and says not installed, whatever the import fails of: a build for another torch, say
+            importlib.import_module(module)
+            row(name, found or f"{module}, which no installed package lists")
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            lacks = f"{found} is installed but fails: {error}" if found else f"{packages[0]} not installed"
+            row(name, f"{lacks}; {without}: pip install {install}")
 print("\noptional trackers")
 for name in ("tensorboard", "wandb", "mlflow", "swanlab"):
     row(name, version(name) or "not installed")

@@ -3,6 +3,7 @@
     python scripts/plan_memory.py --size 8b --gpus 8 --frames 128
     python scripts/plan_memory.py --model DIR --gpus 2 --gpu_memory_gib 80 --frames 256 --video_max_pixels 200704
     python scripts/plan_memory.py --size 4b --gpus 1 --fused --kept_layers 12
+    python scripts/plan_memory.py --size 8b --gpus 2 --optimizer adamw_stochastic
 
 Nothing is loaded and no GPU is needed. Weights, states and cache are exact up to norms and biases; activations are an
 estimate of a packed group under gradient checkpointing. Peaks measured with 2B, 4B and 8B, 0 to 28 kept layers, lie within
@@ -23,11 +24,16 @@ from dataclasses import dataclass
 
 from data.video import VideoSettings, frame_size
 from train.flops import Shape, parameters, read_shape
-from train.memory import BF16, FP32, LOGIT_CHUNK, activation_bytes, gathered_bytes, peak_bytes
+from train.memory import BF16, FP32, LOGIT_CHUNK, OPTIMIZER_BYTES, activation_bytes, gathered_bytes, peak_bytes
 
 GIB = 1024**3
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
 RESIDENT = "resident weights (bf16, whole)"
+OPTIMISER = {  # --optimizer -> the line of its states
+    "adamw": "optimiser (fp32 master, two moments)",
+    "adamw_stochastic": "optimiser (two moments)",
+    "adamw_kahan": "optimiser (bf16 residues, two moments)",
+}
 PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
 SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
 
@@ -61,12 +67,17 @@ def kv_bytes_per_token(shape: Shape) -> int:
 
 
 def state_bytes(
-    shape: Shape, gpus: int, optimizer_on_host: bool, parameters_on_host: bool, resident: bool = False
+    shape: Shape,
+    gpus: int,
+    optimizer_on_host: bool,
+    parameters_on_host: bool,
+    resident: bool = False,
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
     """ZeRO-3 shards per GPU as DeepSpeed 0.19 holds them: bf16 weights, a buffer of fp32 gradients that is never given
-    back (with the optimiser's states on the host it is there, too), fp32 master weights and two Adam moments; its buffer for
-    reductions; and, gathered whole, two layers (the running one and the one fetched ahead) and the larger embedding, or, if
-    resident, all weights beside their shards (on one GPU they are the shard).
+    back (with the optimiser's states on the host it is there, too), two Adam moments and, by --optimizer, fp32 master weights
+    or bf16 residues; its buffer for reductions; and, gathered whole, two layers (the running one and the one fetched ahead)
+    and the larger embedding, or, if resident, all weights beside their shards (on one GPU they are the shard).
     """
     n = parameters(shape)["total"]
     gathered = {"gathered layers and embedding": gathered_bytes(shape)}
@@ -75,21 +86,23 @@ def state_bytes(
     return {
         "weights (bf16 shard)": 0 if parameters_on_host else n * BF16 / gpus,
         "gradients (fp32 shard)": 0 if optimizer_on_host else n * FP32 / gpus,
-        "optimiser (fp32 master, two moments)": 0 if optimizer_on_host else n * 3 * FP32 / gpus,
+        OPTIMISER[optimizer]: 0 if optimizer_on_host else n * OPTIMIZER_BYTES[optimizer] / gpus,
         **gathered,
         "buckets of gathers and reductions": (PREFETCH_BUCKET + REDUCE_BUCKET) * BF16,
     }
 
 
-def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool) -> float:
-    """What the optimiser's step takes beside the states: the fp32 gradients of a sub-group, copied flat."""
-    return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * FP32
+def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool, optimizer: str = "adamw") -> float:
+    """What the optimiser's step takes beside the states: the fp32 gradients of a sub-group, copied flat, and, without fp32
+    master weights, once more in bf16 (DeepSpeed's _prepare_fp32_grad_for_sub_group)."""
+    per_element = FP32 if optimizer == "adamw" else FP32 + BF16
+    return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * per_element
 
 
 STATES = {
     "weights (bf16 shard)",
     "gradients (fp32 shard)",
-    "optimiser (fp32 master, two moments)",
+    *OPTIMISER.values(),
     "gathered layers and embedding",
     "buckets of gathers and reductions",
     "second copy of the weights (hpZ)",
@@ -131,7 +144,7 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     tokens = args.groups_per_micro_batch * (prompt + responses)
     apart = args.offload_parameters or args.hpz_partition_size > 1
     resident = args.resident_parameters == "on" or (args.resident_parameters == "auto" and args.gpus == 1 and not apart)
-    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident)
+    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident, args.optimizer)
     if args.hpz_partition_size > 1:
         rest[SECOND_COPY] = parameters(shape)["total"] * BF16 / args.hpz_partition_size
     update = rest | activation_bytes(
@@ -144,7 +157,7 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
         fused=args.fused,
         logit_chunk=args.logit_chunk,
     )
-    update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer)
+    update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer, args.optimizer)
     asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "buckets of gathers"))}
     if args.park:
         asleep = {name: 0 if name.startswith("optimiser") else value for name, value in asleep.items()}
@@ -218,7 +231,8 @@ def describe(shape: Shape, args: argparse.Namespace) -> str:
     if most:
         lines.append(f"most frames with these flags: {most}{' (--max_frames)' if most >= args.max_frames - 1 else ''}")
     else:
-        lines.append("no number of frames fits: more GPUs, --offload_optimizer, or a smaller model")
+        fewer = "--optimizer adamw_stochastic, " if args.optimizer == "adamw" else ""
+        lines.append(f"no number of frames fits: more GPUs, {fewer}--offload_optimizer, or a smaller model")
     return "\n".join(lines)
 
 
@@ -260,6 +274,12 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--groups_per_rank", type=int, default=4, help="prompts of a step on one GPU")
     parser.add_argument("--groups_per_micro_batch", type=int, default=1, help="groups packed into one forward")
     parser.add_argument("--max_num_seqs", type=int, default=256, help="responses decoded at once per engine")
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMISER,
+        default="adamw",
+        help="as in train/main.py: adamw keeps fp32 master weights, adamw_kahan bf16 residues, adamw_stochastic neither",
+    )
     parser.add_argument("--offload_optimizer", action="store_true", help="optimiser states in host memory")
     parser.add_argument("--park", action="store_true", help="optimiser states in host memory while vLLM samples")
     parser.add_argument("--offload_parameters", action="store_true", help="weights in host memory")

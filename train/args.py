@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from train.algorithm_flags import add_algorithm_flags, check_algorithm_flags
 from train.presets import apply_preset
 
+RANK_0_FIRST_S = 30.0  # what another rank leaves rank 0 to say the same
 # Arguments of vllm.LLM that --vllm_args must not give -> what decides them.
 OURS_IN_VLLM = {
     "model": "--model",
@@ -335,6 +337,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n  ".join(["these flags cannot run together:", *problems]))
     return args
+
+
+def refuse(program: str, error: Exception) -> int:
+    """Prints what a user has to correct, without a traceback, once for all ranks; -> the exit status, 2.
+
+    Every rank finds the same mistake, and torchrun ends the others when the first one leaves: it must be rank 0, that has
+    printed. No process group is there yet to wait in. A mistake that rank 0 does not see (a file of another node) is printed
+    by the rank that does, later.
+    """
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(RANK_0_FIRST_S)
+    print(f"{program}: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def profiled_steps(args: argparse.Namespace) -> range:

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # torchrun puts train/ there
 
-from train.args import parse_args, profiled_steps
+from train.args import parse_args, profiled_steps, refuse
 
 SCORING_TROUBLE = ("timeout", "killed", "judge_failed", "bad_ground_truth")  # rank 0's counts so far, logged if any
 
@@ -154,8 +154,8 @@ def share_scores(run: Run, scores: list) -> list:
     return all_gather_objects(scores)[run.replica * run.args.tensor_parallel]
 
 
-def build(args, samples, held_out, device, state: dict) -> Run:
-    """Everything a run needs, in the only order that works: scorer (before CUDA and vLLM), policy, then vLLM."""
+def build(args, steps: int, samples, held_out, device, state: dict) -> Run:
+    """Everything a run of `steps` needs, in the only order that works: scorer (before CUDA and vLLM), policy, then vLLM."""
     from data.loader import PromptLoader
     from rewards.pool import ScoringPool
     from rollout.collect import CarryOver
@@ -167,7 +167,6 @@ def build(args, samples, held_out, device, state: dict) -> Run:
         build_engine,
         check_cache,
         sample_order,
-        total_steps,
         validation_budgets,
     )  # fmt: skip
     from train.policy import build_critic, build_policy, build_reference
@@ -179,7 +178,7 @@ def build(args, samples, held_out, device, state: dict) -> Run:
     watchdog = distributed.Watchdog(default_limit_s=args.phase_limit_s)
     encoder = build_encoder(args)
     check_cache(encoder, samples)
-    updates = total_steps(args, len(samples)) * args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
+    updates = steps * args.update_epochs * (args.prompts_per_step // args.prompts_per_update)
     algorithm, schedule = AlgorithmState.start(args), Schedule.from_args(args, updates)
     if state:
         algorithm.load_state_dict(state["algorithm"])
@@ -227,24 +226,24 @@ def save_checkpoint(run: Run, step: int, scores: dict, *, model_only: bool) -> N
         (Path(args.output_dir) / "checkpoints" / "newest").write_text(folder.name + "\n")
 
 
-def train(args, samples, held_out) -> int:
-    """The loop around rl_step(): validation, checkpoints, logs, signals. Returns the process's exit status."""
+def train(args, steps: int, samples, held_out) -> int:
+    """The loop around rl_step(), up to `steps`: validation, checkpoints, logs, signals. Returns the process's exit status."""
     import torch
 
     from train import checkpoint, distributed, run_log, trackers
     from train.flops import bf16_peak_flops
-    from train.plan import start_ranks, total_steps
+    from train.plan import start_ranks
     from train.report import write_report
     from train.validation import validate
 
     began = time.monotonic()
-    folder, steps = Path(args.output_dir), total_steps(args, len(samples))
+    folder = Path(args.output_dir)
     device, lock, resumed, state = start_ranks(args)
     start = state.get("step", 0)
     stop = distributed.StopSignal(folder / "stop")
     console = trackers.Console(steps, start)
     console.say(f"building the policy and the rollout engine on {distributed.world_size()} rank(s), {device.type}")
-    run = build(args, samples, held_out, device, state)
+    run = build(args, steps, samples, held_out, device, state)
     if resumed:
         checkpoint.load(resumed, run.policy, critic=run.critic)
         console.say(run_log.resumed_text(folder, resumed, start, steps, vars(args)))
@@ -324,7 +323,7 @@ def train(args, samples, held_out) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from train.plan import build_encoder, checked_samples, dry_run
+    from train.plan import build_encoder, checked_samples, dry_run, total_steps
     from train.presets import explain
 
     say = print if int(os.environ.get("RANK", "0")) == 0 else lambda *texts, **where: None
@@ -336,10 +335,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             say(dry_run(args, samples, build_encoder(args), world_size=int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
+        steps = total_steps(args, len(samples))
     except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
-        say(f"train/main.py: {error}", file=sys.stderr, flush=True)
-        return 2
-    return train(args, samples, held_out)
+        return refuse("train/main.py", error)
+    return train(args, steps, samples, held_out)
 
 
 if __name__ == "__main__":

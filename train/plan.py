@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -13,22 +14,21 @@ from data.records import Sample
 from train.presets import explain
 
 SAMPLES_COUNTED = 200
-# bf16 weights, fp32 gradients (DeepSpeed's buffer of grad_accum_dtype fp32 never goes away), fp32 master weights or bf16
-# residues where there are any, two fp32 moments; per parameter, shared by all ranks.
-STATE_BYTES = {"adamw": 2 + 4 + 4 + 8, "adamw_stochastic": 2 + 4 + 8, "adamw_kahan": 2 + 4 + 2 + 8}
 
 
 def total_steps(args, samples: int) -> int:
-    """Steps of the run: --max_steps, else --epochs passes over the data. Raises ValueError if that is not one step."""
+    """Steps of the run: --max_steps, else --epochs passes over `samples` usable rows, of which what does not fill a step is
+    dropped. Raises ValueError if that is not one step; 1 then under --validate_only, which takes none."""
     if args.max_steps is not None:
         return args.max_steps
     steps = int(args.epochs * samples / args.prompts_per_step)
-    if steps < 1:
+    if steps < 1 and not args.validate_only:
         raise ValueError(
-            f"--epochs {args.epochs} over {samples} samples is less than one step of --prompts_per_step "
-            f"{args.prompts_per_step}: lower it, or give --max_steps"
+            f"--data {' '.join(args.data)}: {samples} usable rows, {math.ceil(args.prompts_per_step / args.epochs)} are "
+            f"needed for one step of --prompts_per_step {args.prompts_per_step} in --epochs {args.epochs:g}; add rows, lower "
+            "--prompts_per_step, or take rows more than once: raise --epochs or give --max_steps"
         )
-    return steps
+    return max(steps, 1)
 
 
 def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
@@ -91,7 +91,9 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
 def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_size: int) -> list[str]:
     """ZeRO-3 states and KV cache in GiB per rank, by arithmetic on the configuration."""
     from train import flops
+    from train.memory import BF16, FP32, OPTIMIZER_BYTES
 
+    states = BF16 + FP32 + OPTIMIZER_BYTES[args.optimizer]  # per parameter, shared by all ranks
     shape = flops.read_shape(config)
     count = flops.parameters(shape)["total"]
     kv_bytes = 2 * 2 * shape.full_layers * shape.kv_heads * shape.head_dim  # linear attention has no such cache
@@ -100,7 +102,7 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
     gib = 1024**3
     return [
         f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
-        f"  ZeRO-3 states {count * STATE_BYTES[args.optimizer] / world_size / gib:.2f} GiB ({STATE_BYTES[args.optimizer]} bytes "
+        f"  ZeRO-3 states {count * states / world_size / gib:.2f} GiB ({states} bytes "
         "per parameter: bf16 weights, fp32 gradients, master weights where the optimiser has them, two moments)",
         *resident_lines(args, count, world_size),
         f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "

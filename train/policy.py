@@ -155,6 +155,24 @@ def build_trained_optimizer(groups: list[dict], args, base: float, *, offload: b
     return OPTIMIZERS[args.optimizer](groups, settings, seed)
 
 
+def start_engine(model: nn.Module, config: dict, optimizer: torch.optim.Optimizer):
+    """DeepSpeed's ZeRO-3 engine. Master weights of the weights' own dtype (the bf16 optimisers', fp32 runs') are the weights.
+
+    DeepSpeed 0.19 means them to be (_create_fp32_partitions), but compares a torch.device with its name as text, finds them
+    different and keeps a copy, 2 bytes per parameter in bf16. The tensor objects stay: it finds states by them. Masters of an
+    offloaded optimiser are copies on purpose.
+    """
+    import deepspeed
+
+    engine, _, _, _ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    shards = engine.optimizer
+    for weights, master in zip(shards.fp16_partitioned_groups_flat, shards.fp32_partitioned_groups_flat):
+        same = weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device)
+        if same and not shards.offload_optimizer:
+            master.data = weights.data
+    return engine
+
+
 class Policy:
     """A Qwen-VL model on ZeRO-3. `engine` is DeepSpeed's, `model` the Hugging Face model inside, `packed` the wrapper.
 
@@ -461,7 +479,6 @@ def checkpoint_activations(hf: nn.Module, kept_layers: int = 0, kept_vision_laye
 
 
 def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic: bool) -> Policy:
-    import deepspeed
 
     dtype = resolve_dtype(args.dtype, device)
     attention = choose_attention(args.attention, device, dtype)
@@ -483,7 +500,7 @@ def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic:
     rate = float(args.critic_learning_rate if critic else args.learning_rate)
     groups = trained_groups(hf, args, rate, value_head.named_parameters() if critic else ())
     optimizer = build_trained_optimizer(groups, args, rate, offload=getattr(args, "offload", "none") != "none")
-    engine, _, _, _ = deepspeed.initialize(model=packed, config=config, optimizer=optimizer)
+    engine = start_engine(packed, config, optimizer)
     settings = {"device": device, "dtype": dtype, "attention": attention, "sequence": sequence, "resident": resident}
     return Policy(engine, packed, max_nonfinite_steps=getattr(args, "max_nonfinite_steps", 5), **settings)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # torchrun puts train/ there
 
+from train.args import refuse
 from train.sft_args import check_demonstrations, parse_args
 
 
@@ -241,11 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             say(plan_text(args, samples, encoder))
             return 0
-        # With --validate_only nothing is trained on: a few rows are enough.
-        steps = 1 if args.validate_only else total_steps(args, len(samples))
+        steps = total_steps(args, len(samples))
     except (ValueError, OSError, ImportError) as error:  # what a user has to correct needs no traceback
-        say(f"train/sft.py: {error}", file=sys.stderr, flush=True)
-        return 2
+        return refuse("train/sft.py", error)
     return train(args, steps, samples, held_out, encoder)
 
 

@@ -242,6 +242,74 @@ def test_parquet_and_saved_datasets(folder):
         load([str(folder / "empty")])
 
 
+BINARY = [
+    ({"problem": b"How many?"}, "problem"),
+    ({"problem": None, "question": b"How many?"}, "question"),
+    ({"answer": b"3"}, "answer"),
+    ({"problem_type": b"numerical"}, "problem_type"),
+    ({"data_type": b"text"}, "data_type"),
+    ({"problem_id": b"a-1"}, "problem_id"),
+    ({"data_source": b"star"}, "data_source"),
+    ({"problem_type": "multiple choice", "answer": "A", "options": {"A": b"one", "B": b"two"}}, "options"),
+    ({"problem_type": "multiple choice", "answer": "A", "options": [b"A. one", b"B. two"]}, "options"),
+]
+
+
+@pytest.mark.parametrize("cells, field", BINARY)
+def test_bytes_in_place_of_text_are_named_by_row_and_field(folder, cells, field):
+    """What was said to be missing, or taken as the text "b'...'" in silence (ids, sources, options by letter)."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{**ROW, **cells}]), folder / "binary.parquet")
+    said = rf"binary\.parquet:1: {field}: holds bytes, not text; write the column again as UTF-8 text"
+    with pytest.raises(BadDataset, match=said):
+        load([str(folder / "binary.parquet")])
+    thumbnail = [{**ROW, "thumbnail": b"\x89PNG"}]  # no field of ours
+    parquet.write_table(pyarrow.Table.from_pylist(thumbnail), folder / "more.parquet")
+    assert load([str(folder / "more.parquet")])[0].extra == {"thumbnail": b"\x89PNG"}
+
+
+def test_text_of_another_encoding_in_a_column_file_is_one_bad_row(folder):
+    """Latin-1's e acute in the second of three rows: the others are read."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    ends = b"".join(end.to_bytes(4, "little") for end in (0, 2, 6, 8))
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"1?caf\xe92?")]
+    )
+    same = {"answer": ["1", "2", "3"], "problem_type": ["numerical"] * 3}
+    table = pyarrow.table({"problem": texts, **same})
+    parquet.write_table(table, folder / "latin.parquet")
+    saved = folder / "saved"
+    saved.mkdir()
+    with pyarrow.ipc.new_stream(str(saved / "data.arrow"), table.schema) as out:
+        out.write_table(table)
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    for file in (folder / "latin.parquet", saved):
+        said = rf"{file.name}:2: problem: is not UTF-8 \('utf-8' codec can't decode byte 0xe9 in position 3"
+        with pytest.warns(UserWarning, match=said):
+            samples = load([str(file)], on_bad_sample="skip")
+        assert [(sample.line, sample.question, sample.answer) for sample in samples] == [(1, "1?", "1"), (3, "2?", "3")]
+
+
+def test_two_columns_of_one_name_are_refused(folder):
+    """The last of them was taken in silence; which one is meant, nobody can know."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array([value]) for value in (*ROW.values(), "4")]
+    table = pyarrow.Table.from_arrays(columns, names=[*ROW, "answer"])
+    parquet.write_table(table, folder / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: two columns are called answer; rename one, or leave it out"):
+        load([str(folder / "twice.parquet")])
+    image = pyarrow.StructArray.from_arrays([pyarrow.array([b"a"]), pyarrow.array([b"b"])], names=["bytes", "bytes"])
+    images = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1]), image)
+    parquet.write_table(
+        pyarrow.Table.from_arrays([*columns[:3], images], names=[*ROW, "images"]), folder / "in.parquet"
+    )
+    with pytest.raises(ValueError, match=r"in\.parquet: two columns are called images\.bytes;"):
+        load([str(folder / "in.parquet")])
+    (folder / "twice.csv").write_text("problem,answer,problem_type,answer\nHow many?,3,numerical,4\n")
+    with pytest.raises(ValueError, match=r"twice\.csv:1: two columns are called answer; rename one"):
+        load([str(folder / "twice.csv")])
+
+
 def test_images_of_parquet_reach_the_pixels(folder):
     """One picture stored in every way that data sets store it: raw bytes, {bytes, path}, base64, a data URI, a path."""
     import pyarrow

@@ -28,6 +28,7 @@ from evaluate import all as program
 from evaluate._predictions import encode_row, read_predictions
 from evaluate._run import main as run_alone
 from tests.evaluate.fakes import FakeEngine, fake_parts, write_toy
+from tests.run_ranks import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = ("minerva", "lvbench")
@@ -356,9 +357,12 @@ def test_the_default_list_names_programs_that_exist_once_each():
 SMALL = "--dtype float32 --max_frames 4 --video_max_pixels 4096 --max_response_tokens 12 --max_num_seqs 8 --max_model_len 4096"
 
 
-def run_really(model: Path, data: Path, out: Path, *program: str) -> subprocess.CompletedProcess:
-    """A program with vLLM and a tiny model, in a process of its own."""
-    command = [sys.executable, *program, "--model", str(model), "--data_dir", str(data), "--output_dir", str(out)]
+def run_really(
+    model: Path, data: Path, out: Path, file: str, *words: str, ranks: int | None = None
+) -> subprocess.CompletedProcess:
+    """A program with vLLM and a tiny model, in a process of its own, or by torchrun on so many ranks."""
+    start = torchrun(file, ranks) if ranks else [sys.executable, file]
+    command = [*start, *words, "--model", str(model), "--data_dir", str(data), "--output_dir", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "REAL": "1"}
     done = subprocess.run([*command, *SMALL.split()], env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -380,8 +384,8 @@ def test_a_real_engine_answers_both_as_their_own_programs_do(data, tiny, tmp_pat
 @pytest.mark.slow
 def test_torchrun_starts_a_real_engine_per_rank_and_their_answers_are_those_of_one_process(data, tiny, tmp_path):
     """Two ranks: 6 + 6 questions of minerva, 5 + 6 of lvbench, whose answers are compared with its own program's."""
-    model, torchrun = tiny("qwen3_vl"), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_really(model, data, tmp_path / "two", *torchrun, "tests/evaluate/test_all.py", "--benchmarks", *TWO)
+    model = tiny("qwen3_vl")
+    done = run_really(model, data, tmp_path / "two", "tests/evaluate/test_all.py", "--benchmarks", *TWO, ranks=2)
     assert done.stderr.count("engine started") == 2 and done.stdout.count("[evaluate] all done") == 1
     said = [f"[{name} rank {rank}] {n}/{n}, 0 failed" for name, rank, n in (
         ("minerva", 0, 6), ("minerva", 1, 6), ("lvbench", 0, 5), ("lvbench", 1, 6)

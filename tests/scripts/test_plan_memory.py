@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from scripts import plan_memory
+from tests.tiny_models import tiny_model
 from train import memory
 from train.flops import parameters, read_shape
+from train.optimizer import OPTIMIZERS, build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
@@ -53,6 +58,43 @@ def test_states_by_hand():
     away = plan_memory.state_bytes(SHAPE, 8, optimizer_on_host=True, parameters_on_host=True)
     assert away["weights (bf16 shard)"] == away["optimiser (fp32 master, two moments)"] == 0
     assert away["gradients (fp32 shard)"] == plan_memory.step_bytes(SHAPE, 8, True) == 0
+
+
+def test_optimisers_by_hand():
+    """8B on 8 GPUs. 12 bytes per parameter: fp32 master weights and moments; 10: moments and bf16 residues; 8: moments."""
+    n = 8_763_699_200
+    for name, own, per_element in (("adamw", 12, 4), ("adamw_kahan", 10, 6), ("adamw_stochastic", 8, 6)):
+        plan = plan_memory.make_plan(SHAPE, arguments("--optimizer", name), 128)
+        sizes = {line: size for line, size in plan.update.items() if line.startswith("optimiser")}
+        assert list(sizes.values()) == [n * own / 8] and sizes.items() <= plan.rollout.items()
+        assert plan.update["gradients (fp32 shard)"] == n * 4 / 8 and plan.update["weights (bf16 shard)"] == n * 2 / 8
+        assert plan.update[plan_memory.STEP] == 1e9 * per_element
+        parked = plan_memory.make_plan(SHAPE, arguments("--optimizer", name, "--park"), 128)
+        assert sum(plan.rollout.values()) - sum(parked.rollout.values()) == n * own / 8
+        away = plan_memory.make_plan(SHAPE, arguments("--optimizer", name, "--offload_optimizer"), 128)
+        assert away.update[next(iter(sizes))] == away.update[plan_memory.STEP] == 0
+    plain, least = (
+        plan_memory.make_plan(SHAPE, arguments("--optimizer", name), 128).peak_bytes
+        for name in ("adamw", "adamw_stochastic")
+    )
+    assert plain - least == n * 4 / 8  # the activations of the update are its peak, with both
+
+
+def test_real_optimisers_hold_what_is_counted():
+    """One update of a tiny Qwen3-VL: the states' own bytes, and the fp32 master weights that adamw works on."""
+    args = Namespace(learning_rate=1e-4, weight_decay=0.1, adam_betas=(0.9, 0.999), adam_eps=1e-8)
+    for name, counted in memory.OPTIMIZER_BYTES.items():
+        master = torch.float32 if name == "adamw" else torch.bfloat16
+        model = AutoModelForImageTextToText.from_pretrained(tiny_model("qwen3_vl"), dtype=master)
+        optimizer = build_optimizer(model.named_parameters(), Namespace(**vars(args), optimizer=name))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        count = sum(parameter.numel() for parameter in model.parameters())
+        tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        held = sum(value.nbytes for value in tensors if value.numel() > 1)
+        assert count > 100_000 and held + (count * 4 if name == "adamw" else 0) == counted * count
+    assert plan_memory.OPTIMISER.keys() == memory.OPTIMIZER_BYTES.keys() == OPTIMIZERS.keys()
 
 
 def test_plan_by_hand():

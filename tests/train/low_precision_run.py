@@ -18,7 +18,7 @@ from torch import nn
 
 from train import distributed
 from train.optimizer import parameter_groups
-from train.policy import build_trained_optimizer, deepspeed_config
+from train.policy import build_trained_optimizer, deepspeed_config, start_engine
 
 ROWS, COLUMNS, STEPS = 64, 128, 80
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02}
@@ -59,8 +59,6 @@ class Two(nn.Module):
 
 
 def build(kind: str, dtype: torch.dtype, device):
-    import deepspeed
-
     args = argparse.Namespace(
         optimizer="adamw" if kind == "plain" else kind, max_grad_norm=1e9, adam_betas=SETTINGS["betas"],
         adam_eps=SETTINGS["eps"], seed=7,
@@ -71,7 +69,23 @@ def build(kind: str, dtype: torch.dtype, device):
     model = Two(dtype)
     groups = parameter_groups(model.named_parameters(), SETTINGS["weight_decay"])
     optimizer = build_trained_optimizer(groups, args, SETTINGS["lr"], offload=False)
-    return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
+    return start_engine(model, config, optimizer)
+
+
+def bytes_per_parameter(engine) -> dict[str, float]:
+    """What this rank's ZeRO-3 holds, over its share of the parameters: weights, gradients, and what the optimiser has of its
+    own (a master copy that is not the weights themselves, and states; not its counters)."""
+    zero = engine.optimizer
+    kept = {flat.data_ptr() for flat in zero.fp16_partitioned_groups_flat}
+    own = [flat for flat in zero.fp32_partitioned_groups_flat if flat.data_ptr() not in kept]
+    for state in zero.optimizer.state.values():
+        own += [value for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+    share = sum(parameter.ds_numel for parameter in engine.module.parameters()) / torch.distributed.get_world_size()
+    return {
+        "weights": sum(flat.nbytes for flat in zero.fp16_partitioned_groups_flat) / share,
+        "gradients": zero.grad_partitions_flat_buffer.nbytes / share,
+        "optimiser": sum(tensor.nbytes for tensor in own) / share,
+    }
 
 
 def train(engine, steps: range) -> None:
@@ -104,6 +118,7 @@ def main() -> None:
         seen[f"{name}/sub_groups"] = len(engine.optimizer.fp16_groups)
         train(engine, range(STEPS))
         seen[name] = weights(engine)
+        seen[f"{name}/bytes"] = bytes_per_parameter(engine)
         seen[f"{name}/moments"] = sorted(
             {str(value.dtype) for state in engine.optimizer.optimizer.state.values()
              for key, value in state.items() if key.startswith("exp_avg")}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.args import build_parser, check_args, parse_args, profiled_steps
+from train import sft_args
+from train.args import build_parser, check_args, parse_args, profiled_steps, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,35 @@ def test_bad_flags_are_named(required, capsys, flags, words):
 def test_several_problems_come_in_one_message(required, capsys):
     message = refused(capsys, [*required, "--temperature", "0", "--fps", "-1"])
     assert "--temperature" in message and "--fps" in message
+
+
+def test_rank_0_speaks_first_and_the_others_only_if_nobody_ended_them(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    for rank, expected in ((None, []), ("0", []), ("3", [(30.0, "")])):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert refuse("train/sft.py", ValueError("a.jsonl: 2 rows")) == 2 and waited == expected
+        assert capsys.readouterr().err == "train/sft.py: a.jsonl: 2 rows\n"
+
+
+@pytest.mark.parametrize("program,parse", [("train/main.py", parse_args), ("train/sft.py", sft_args.parse_args)])
+def test_a_mistake_is_two_lines_not_all_flags(required, capsys, program, parse):
+    """How to start it and where the flags are, then the message; status 2."""
+    usage = f"usage: torchrun --nproc_per_node N {program} --model DIR --data FILE ... --output_dir DIR [flags; --help]"
+    for words, told in (
+        ([], "the following arguments are required: --model, --data"),
+        ([*required, "--epoch", "2"], "unrecognized arguments: --epoch 2"),
+        ([*required, "--epochs", "two"], "argument --epochs: invalid float value: 'two'"),
+        ([*required, "--dtype", "bf8"], "argument --dtype: invalid choice: 'bf8' (choose from "),
+        ([*required, "--epochs", "0"], "these flags cannot run together:\n  --epochs must be above 0, got 0.0\n"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse(words)
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and said.out == "" and said.err.startswith(f"{usage}\n{program}: error: {told}")
+        assert said.err.count("\n") == 2 + told.count("\n  ")
 
 
 def test_prompts_must_divide_over_replicas(required):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.run_ranks import run_ranks
 from tests.train.low_precision_run import COLUMNS, ROWS, SETTINGS, STEPS, gradient, start
+from train.memory import OPTIMIZER_BYTES
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("low_precision_run.py")
@@ -21,15 +19,7 @@ PROGRAM = Path(__file__).with_name("low_precision_run.py")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("low_precision") / "seen.pt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*command, str(PROGRAM), str(out)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(PROGRAM, 2, out, timeout_s=300)
     return torch.load(out)
 
 
@@ -50,6 +40,18 @@ def test_two_tensors_are_two_sub_groups_and_fp32_is_plain_adamw(seen, exact):
         torch.testing.assert_close(tensor, exact, rtol=1e-6, atol=1e-7)
     for tensor in seen["master"]:  # bf16 weights that follow fp32 master weights
         assert torch.equal(tensor, exact.to(torch.bfloat16).float())
+
+
+def test_shards_hold_the_bytes_that_plan_memory_counts(seen):
+    """Per parameter, 2 x 64 x 128 of them on two ranks."""
+    for name, optimizer, own in (
+        ("master", "adamw", 12),
+        ("kahan", "adamw_kahan", 10),
+        ("stochastic", "adamw_stochastic", 8),
+    ):
+        assert seen[f"{name}/bytes"] == {"weights": 2, "gradients": 4, "optimiser": own}
+        assert OPTIMIZER_BYTES[optimizer] == own
+    assert seen["fp32/bytes"] == {"weights": 4, "gradients": 4, "optimiser": 8}  # no master copy of fp32 weights either
 
 
 def test_kahan_follows_fp32_where_plain_bf16_stands_still(seen, exact):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
+from tests.run_ranks import torchrun
 from tests.train import run_main
 from train import checkpoint
 
@@ -86,6 +88,29 @@ def test_bad_rows_are_refused_before_anything_is_built(playground, tmp_path):
     assert started.returncode != 0
     for word in ("bad.jsonl:4", "absent.mp4", "bad.jsonl:5", "riddle", "bad.jsonl:6"):
         assert word in said, said[-3000:]
+
+
+def test_fewer_rows_than_a_step_are_one_line_before_anything_is_built(playground, tmp_path):
+    """Two rows where a step takes four. With --max_steps, or an epoch more, they are taken again."""
+    few = playground / "few.jsonl"
+    few.write_text("".join((playground / "train.jsonl").read_text().splitlines(keepends=True)[:2]))
+    program = [sys.executable, "train/main.py", "--model", str(playground / "model"), "--data", str(few)]
+    program += ["--output_dir", str(tmp_path / "run"), "--prompts_per_step", "4"]
+    options = {"cwd": run_main.ROOT, "env": run_main.environment(), "capture_output": True, "text": True}
+    done = subprocess.run(program, **options)
+    assert done.returncode == 2 and not (tmp_path / "run").exists(), done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1] == (
+        f"train/main.py: --data {few}: 2 usable rows, 4 are needed for one step of --prompts_per_step 4 in --epochs 1; "
+        "add rows, lower --prompts_per_step, or take rows more than once: raise --epochs or give --max_steps"
+    )
+    assert "Traceback" not in done.stderr
+    # Two ranks, of which rank 0 is the slower one: torchrun must not end it before it has said so.
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(4 * (os.environ.get('RANK') == '0'))\n")
+    slow = {**options, "env": {**run_main.environment(), "PYTHONPATH": str(tmp_path)}}
+    done = subprocess.run([*torchrun(program[1], 2), *program[2:]], **slow)
+    assert done.returncode != 0 and done.stderr.count("train/main.py: --data") == 1, done.stderr[-3000:]
+    done = subprocess.run([*program, "--epochs", "2", "--dry_run"], **options)
+    assert done.returncode == 0 and "2 samples, 1 steps = 2.00 epochs" in done.stdout, done.stderr[-3000:]
 
 
 def kill_tree(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,25 @@ def test_dry_run_says_what_a_micro_batch_holds(tmp_path, monkeypatch, flag, told
     encoder = SimpleNamespace(config=None, count_tokens=lambda sample: 250, encode=lambda sample: prompt)
     sample = SimpleNamespace(id="a", file="f", line=1, answer="b", media=(), source="")
     assert told in plan.dry_run(parse_args(words), [sample, sample], encoder, 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "needed", "steps"),
+    # A step takes 32: 32 rows in one epoch, 64 in half a one, 22 in one and a half (21 would be 31.5 places).
+    [(1.0, 31, 32, None), (1.0, 32, 32, 1), (0.5, 63, 64, None), (0.5, 64, 64, 1), (1.5, 21, 22, None), (1.5, 22, 22, 1),
+     (3.0, 100, 11, 9)],
+)  # fmt: skip
+def test_steps_of_a_run_and_rows_that_are_too_few_for_one(epochs, rows, needed, steps):
+    args = Namespace(data=["a.jsonl", "b/*.jsonl"], epochs=epochs, prompts_per_step=32, max_steps=None)
+    args.validate_only = False
+    if steps is not None:
+        assert plan.total_steps(args, rows) == steps
+        return
+    said = f"--data a.jsonl b/*.jsonl: {rows} usable rows, {needed} are needed for one step of --prompts_per_step 32"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan.total_steps(args, rows)
+    assert plan.total_steps(Namespace(**vars(args) | {"max_steps": 7}), rows) == 7
+    assert plan.total_steps(Namespace(**vars(args) | {"validate_only": True}), rows) == 1
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])

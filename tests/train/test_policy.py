@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from data.normalise import read_normalisation
 from data.records import Group
+from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
 from tests.train.policy_run import CASES
@@ -33,15 +30,8 @@ FREQUENCIES = Path(__file__).with_name("frequency_run.py")
 
 
 def launch(ranks: int, folder: Path) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     out = folder / f"seen{ranks}.json"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += ["--master_port", str(port), str(PROGRAM), tiny_model("qwen3_vl"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(PROGRAM, ranks, tiny_model("qwen3_vl"), out, timeout_s=240)
     return {**json.loads(out.read_text()), "weights": torch.load(str(out) + ".weights.pt")}
 
 
@@ -160,10 +150,7 @@ def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path):
     plain.save_pretrained(sharp)
     folders = [str(sharp), *(tiny_model(family) for family in ("qwen2_vl", "qwen3_vl", "qwen3_5"))]
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(FREQUENCIES)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(out), *folders], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(FREQUENCIES, 1, out, *folders, timeout_s=240)
     for folder, seen in json.loads(out.read_text()).items():
         assert seen["dtypes"] == ["torch.float32"]
         assert seen["frequencies"]["visual.rotary_pos_emb.inv_freq"] == pytest.approx([1.0, 10**-0.5, 0.1], rel=1e-6)

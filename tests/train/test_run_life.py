@@ -97,11 +97,14 @@ def test_export_loads_in_transformers_and_equals_the_checkpoint(finished, tmp_pa
 
 @pytest.mark.slow
 def test_validate_only_scores_the_exported_model_in_vllm(finished, playground, tmp_path):
-    """The run's own final folder goes back into vLLM and the trainer, and is measured, not trained."""
+    """The run's own final folder goes back into vLLM and the trainer, and is measured, not trained: three rows of --data,
+    fewer than a step's four, are enough."""
     output, _, _ = finished
+    few = playground / "few.jsonl"
+    few.write_text("".join((playground / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
     said = run_main.run(
-        playground, tmp_path / "measured", "--model", str(output / "final"), "--validate_only", "--validate_data",
-        str(playground / "heldout.jsonl"), "--validate_limit", "12", "--on_bad_sample", "skip", ranks=1,
+        playground, tmp_path / "measured", "--model", str(output / "final"), "--validate_only", "--data", str(few),
+        "--validate_data", str(playground / "heldout.jsonl"), "--validate_limit", "12", "--on_bad_sample", "skip", ranks=1,
     )  # fmt: skip
     (row,) = [json.loads(line) for line in (tmp_path / "measured" / "validation.jsonl").read_text().splitlines()]
     assert row["validate/samples"] == 12 and not (tmp_path / "measured" / "final").exists(), said[-2000:]

@@ -247,7 +247,7 @@ def test_fewer_rows_than_a_step_are_one_line_and_enough_to_measure(tiny, rows, u
         command += [f"--{kind}_min_pixels", str(PIXELS), f"--{kind}_max_pixels", str(PIXELS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300).stderr
-    assert "train/sft.py: --epochs 1.0 over 4 samples is less than one step of --prompts_per_step 6: lower it" in said
+    assert f"train/sft.py: --data {few}: 4 usable rows, 6 are needed for one step of --prompts_per_step 6" in said
     assert "ValueError" not in said and not (tmp_path / "run" / "run.json").exists()
     command += ["--validate_only", "--validate_data", str(few)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
