@@ -479,7 +479,6 @@ def checkpoint_activations(hf: nn.Module, kept_layers: int = 0, kept_vision_laye
 
 
 def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic: bool) -> Policy:
-
     dtype = resolve_dtype(args.dtype, device)
     attention = choose_attention(args.attention, device, dtype)
     config = deepspeed_config(args, dtype, device)
