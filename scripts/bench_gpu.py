@@ -106,18 +106,18 @@ def step(name: str, size: str, steps: dict[str, int], what: str, needs_s: float,
 # needs_s: starting (clips, model, engine with CUDA graphs: two to four minutes) and the first steps. In the order of a
 # session of half an hour on one GPU, and of another on several.
 STAGES = (
-    tests("tests-packed", "test_packed_gpu.py", "packed groups against rows, flex and varlen", 60, 240),
+    tests("tests-packed", "test_packed_gpu.py", "packed groups against rows, every backend", 60, 240),
     tests("tests-parity", "test_parity.py", "vLLM against the trainer, sync, sleep; four families", 90, 450),
     tests("tests-long", "test_long_run.py", "train/main.py, 20 steps with video, memory does not grow", 90, 300),
     Stage(
         "packed-2b", "the update of one group, gradients compared first",
-        ("{python} scripts/bench_packed.py --size 2b --attention flex varlen --rounds 2 --out {out}/packed-2b.json",),
-        100, 300, "packed-2b.json", memory_gib=40, packages=("xxhash",),
+        ("{python} scripts/bench_packed.py --size 2b --attention cudnn flex varlen --rounds 2 --out {out}/packed-2b.json",),
+        130, 350, "packed-2b.json", memory_gib=40, packages=("xxhash",),
     ),
     Stage(
         "flex-2b", "the same group with all levers; options of FlexAttention",
         (
-            "{python} scripts/bench_packed.py --size 2b --attention flex --no-rows --no-library --rounds 4 --kept_layers 28 "
+            "{python} scripts/bench_packed.py --size 2b --attention cudnn flex --no-rows --no-library --rounds 4 --kept_layers 28 "
             """--fused --profile --flex_options '{{"IS_DIVISIBLE": true}}' """
             """'{{"IS_DIVISIBLE": true, "ROWS_GUARANTEED_SAFE": true}}' --out {out}/flex-2b.json""",
         ),
