@@ -117,8 +117,8 @@ STAGES = (
     Stage(
         "flex-2b", "the same group with all levers; options of FlexAttention",
         (
-            "{python} scripts/bench_packed.py --size 2b --attention cudnn flex --no-rows --no-library --rounds 4 --kept_layers 28 "
-            """--fused --profile --flex_options '{{"IS_DIVISIBLE": true}}' """
+            "{python} scripts/bench_packed.py --size 2b --attention cudnn flex --no-rows --no-library --rounds 4 "
+            """--kept_layers 28 --fused --profile --flex_options '{{"IS_DIVISIBLE": true}}' """
             """'{{"IS_DIVISIBLE": true, "ROWS_GUARANTEED_SAFE": true}}' --out {out}/flex-2b.json""",
         ),
         70, 200, "flex-2b.json", memory_gib=60, packages=("xxhash",),
