@@ -71,16 +71,26 @@ def compiled_per_token(function):
     return call
 
 
+def tokens_first(function):
+    """The decoder's rotation of (1, H, T, d), computed as (1, T, H, d), in which queries and keys lie: compiled over the other,
+    its gradients come out contiguous that way and are copied back."""
+
+    def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        rotated = compiled_per_token(function)(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    call.compiled = True
+    return call
+
+
 def tower_attention(
     self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings=None, max_seqlen=None, **kwargs
 ):
     """A vision block's attention with split_rotated, where all frames go through one call (train/vision.py): (K, D) -> (K, D)."""
     name = self.config._attn_implementation
     if name not in (VISION_VARLEN, VISION_CUDNN):  # one frame after the other: the library's own
-        forward = type(self).forward
-        return forward(
-            self, hidden_states, cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen, **kwargs
-        )
+        given = {"position_embeddings": position_embeddings, "max_seqlen": max_seqlen, **kwargs}
+        return type(self).forward(self, hidden_states, cu_seqlens, **given)
     qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
     states = compiled_per_token(split_rotated)(qkv, *position_embeddings)
     query, key, value = (x.transpose(0, 1)[None] for x in states)
@@ -117,7 +127,7 @@ def fuse_elementwise(hf: nn.Module) -> int:
     for name in ROTATIONS:
         function = getattr(library, name, None)
         if function is not None and not hasattr(function, "compiled"):
-            setattr(library, name, compiled_per_token(function))
+            setattr(library, name, (tokens_first if name == ROTATIONS[0] else compiled_per_token)(function))
     return changed
 
 
