@@ -21,6 +21,13 @@ from train.packed_model import PackedModel
 from train.vision import VISION_CUDNN, VISION_VARLEN
 
 
+def keep_rotations(monkeypatch, hf) -> None:
+    """The library's rotations come back after the test."""
+    library = importlib.import_module(type(hf).__module__)
+    for name in ROTATIONS:
+        monkeypatch.setattr(library, name, getattr(library, name))
+
+
 def test_formulas_by_hand():
     x = torch.tensor([[3.0, 4.0]])  # mean square 12.5
     expected = torch.tensor([[3.0 * 2 / 12.5**0.5, 4.0 * 0.5 / 12.5**0.5]])
@@ -34,6 +41,7 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
     for name in ("compiled", "compiled_per_token"):
         monkeypatch.setattr(f"train.fused.{name}", lambda function: function)
     hf = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=torch.float32)
+    keep_rotations(monkeypatch, hf)
     names = [type(module).__name__ for module in hf.modules()]
     norms = sum(name.endswith("RMSNorm") for name in names)
     gates = sum(hasattr(module, "gate_proj") for module in hf.modules())
@@ -46,9 +54,7 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
 def test_same_log_probs_and_gradients(family, monkeypatch):
     folder = tiny_model(family)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    library = importlib.import_module(type(plain).__module__)
-    for name in ROTATIONS:
-        monkeypatch.setattr(library, name, getattr(library, name))  # given back after the test
+    keep_rotations(monkeypatch, plain)
     maker = PromptMaker(folder, plain.config)
     batches = [
         [maker.group("video", [5, 9], 1)[0], maker.group("text", [4], 2)[0]],
@@ -87,9 +93,7 @@ def test_the_towers_attention_with_all_frames_in_one_call(models, monkeypatch, f
     monkeypatch.setattr("train.vision._varlen", varlen)
     with float64_throughout():
         plain, packed, maker = models(family, torch.float64)
-        library = importlib.import_module(type(plain).__module__)
-        for name in ROTATIONS:
-            monkeypatch.setattr(library, name, getattr(library, name))
+        keep_rotations(monkeypatch, plain)
         made = PackedModel(
             copy.deepcopy(plain), normalisation=packed.normalisation, banned_ids=(440, 441), vision_attention=vision,
             fused=True,
