@@ -63,7 +63,8 @@ def compiled_per_token(function):
     def call(*tensors: Tensor, **kwargs):
         tokens = tensors[-1].shape[-2]  # of sin: (K, d) or (1, T, d)
         for tensor in tensors:
-            for axis in [axis for axis, size in enumerate(tensor.shape) if size == tokens]:
+            # Not the last axis, whatever its size: a rank whose first call is a dummy of 128 tokens would leave widths open.
+            for axis in [axis for axis, size in enumerate(tensor.shape[:-1]) if size == tokens]:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         return optimised(*tensors, **kwargs)
 

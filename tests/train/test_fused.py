@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout
 from tests.train.test_attention_backends import loop_kernel
 from tests.train.test_packed import compare, models  # noqa: F401 - models is a fixture
-from train.fused import ROTATIONS, fuse_elementwise, gated, rms_norm
+from train.fused import ROTATIONS, compiled_per_token, fuse_elementwise, gated, rms_norm
 from train.group_attention import pack
 from train.packed_model import PackedModel
 from train.vision import VISION_CUDNN, VISION_VARLEN
@@ -39,6 +39,18 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
     gates = sum(hasattr(module, "gate_proj") for module in hf.modules())
     blocks = len(hf.model.visual.blocks)
     assert fuse_elementwise(hf) == blocks + gates + (0 if family == "qwen3_5" else norms) > blocks
+
+
+def test_the_number_of_tokens_alone_is_left_open(monkeypatch):
+    """A dummy's 128 tokens and a head's 128 values: nothing but the tokens may become a symbol, or every later call is slow."""
+    marked = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda tensor, axis: marked.append((tensor.dim(), axis)))
+    call = compiled_per_token.__wrapped__(lambda *tensors: tensors)
+    query, cos = torch.zeros(1, 16, 128, 128), torch.zeros(1, 128, 128)
+    call(query, cos, cos)
+    call(torch.zeros(72, 3, 16, 72), torch.zeros(72, 72), torch.zeros(72, 72))  # the tower's (K, 3, H, d)
+    assert marked == [(4, 2), (3, 1), (3, 1), (4, 0), (2, 0), (2, 0)]
 
 
 @pytest.mark.slow
