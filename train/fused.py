@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 from train.vision import VISION_CUDNN, VISION_VARLEN
 
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
+# Of each function: torch compiles one per rank, kind of view, gradient mode and requires_grad. A policy's update, its old
+# log-probs and a reference make nine of Qwen3-VL's norm, and with torch's limit of eight the ninth, an update's, runs eagerly.
+MOST_VARIANTS = 64
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -106,6 +109,7 @@ def fuse_elementwise(hf: nn.Module) -> int:
 
     Only `forward` changes, so parameter names and ZeRO-3's hooks stay. Qwen3.5's norm has another formula and is left.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     changed = 0
 
     def norm(self, x: Tensor) -> Tensor:

@@ -41,6 +41,39 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
     assert fuse_elementwise(hf) == blocks + gates + (0 if family == "qwen3_5" else norms) > blocks
 
 
+def test_policy_and_reference_stay_within_what_torch_compiles(models, monkeypatch):  # noqa: F811
+    """Reference, old log-probs and update: nine variants of a norm, one more than torch compiles by itself.
+
+    The guards are torch's, whatever compiles behind them: nothing does here.
+    """
+    from torch._dynamo.utils import counters
+
+    variants = {}
+    for name in ("compiled", "compiled_per_token"):
+        monkeypatch.setattr(
+            f"train.fused.{name}",
+            lambda function: variants.setdefault(function, torch.compile(function, dynamic=True, backend="eager")),
+        )
+    torch._dynamo.reset()
+    counters.clear()
+    plain, packed, maker = models("qwen3_vl", torch.float32)
+    library = importlib.import_module(type(plain).__module__)
+    for name in ROTATIONS:
+        monkeypatch.setattr(library, name, getattr(library, name))
+    text = pack([maker.group("text", [3, 2], 1)[0]], backend="sdpa", device=torch.device("cpu"))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        policy, reference = (
+            PackedModel(copy.deepcopy(plain), normalisation=packed.normalisation, fused=True) for _ in range(2)
+        )
+        reference.requires_grad_(False)
+        with torch.no_grad():
+            old = [model(text)[0] for model in (reference, policy)]
+        logprobs, _ = policy(text)
+        logprobs.sum().backward()
+    assert all((each - logprobs).abs().max() < 1e-5 for each in old)
+    assert counters["stats"]["unique_graphs"] > 8 and not counters["unimplemented"], counters["unimplemented"]
+
+
 def test_the_number_of_tokens_alone_is_left_open(monkeypatch):
     """A dummy's 128 tokens and a head's 128 values: nothing but the tokens may become a symbol, or every later call is slow."""
     marked = []
