@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 from train.vision import VISION_CUDNN, VISION_VARLEN
 
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
+# Of each function: torch compiles one per rank, kind of view, gradient mode and requires_grad. A policy's update, its old
+# log-probs and a reference make nine of Qwen3-VL's norm, and with torch's limit of eight the ninth, an update's, runs eagerly.
+MOST_VARIANTS = 64
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -63,7 +66,8 @@ def compiled_per_token(function):
     def call(*tensors: Tensor, **kwargs):
         tokens = tensors[-1].shape[-2]  # of sin: (K, d) or (1, T, d)
         for tensor in tensors:
-            for axis in [axis for axis, size in enumerate(tensor.shape) if size == tokens]:
+            # Not the last axis, whatever its size: a rank whose first call is a dummy of 128 tokens would leave widths open.
+            for axis in [axis for axis, size in enumerate(tensor.shape[:-1]) if size == tokens]:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         return optimised(*tensors, **kwargs)
 
@@ -105,6 +109,7 @@ def fuse_elementwise(hf: nn.Module) -> int:
 
     Only `forward` changes, so parameter names and ZeRO-3's hooks stay. Qwen3.5's norm has another formula and is left.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     changed = 0
 
     def norm(self, x: Tensor) -> Tensor:

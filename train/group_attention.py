@@ -448,16 +448,20 @@ def why_missing(module: str) -> str | None:
         return str(error)
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def has_cudnn() -> bool:
+    """Whether this torch carries cuDNN: one for ROCm calls MIOpen so, and an MI300 has the capability 9.4."""
+    return torch.version.hip is None and torch.backends.cudnn.is_available()
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 128) -> str:
     """The backend that `--attention name` means here. Raises ValueError with the reason if it cannot run.
 
     auto: sdpa on CPU; on Hopper in 16 bits cudnn, which was the fastest measured there (docs/gpu_results.md); flex on other GPUs,
-    where it has not been measured, and in fp32.
+    where it has not been measured, in fp32, and for heads wider than 128 (Qwen3.5's have 256): torch itself gives those to cuDNN
+    from 9.23 on alone, and they have not run here.
     """
     if name == "auto":
-        fast = (
-            device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.backends.cudnn.is_available()
-        )
+        fast = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_cudnn() and head_dim <= 128
         hopper = fast and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
         return "cudnn" if hopper else "flex" if device.type == "cuda" else "sdpa"
     if name not in BACKENDS:
@@ -467,7 +471,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
             raise ValueError(f"--attention {name} needs CUDA; on a CPU use --attention sdpa")
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"--attention {name} has no {dtype} kernel; use flex or sdpa, or --dtype bf16")
-    if name == "cudnn" and not torch.backends.cudnn.is_available():
+    if name == "cudnn" and not has_cudnn():
         raise ValueError("--attention cudnn: this torch has no cuDNN; use --attention flex")
     if name in PACKAGES and (missing := why_missing(PACKAGES[name])):
         package = "flash-attn" if name == "flash2" else "flash-attn-4"

@@ -436,6 +436,13 @@ def exact_frequencies(hf: nn.Module) -> None:
             module._buffers[buffer] = fresh._buffers[buffer]
 
 
+def _attention(model_dir: str, args, device: torch.device, dtype: torch.dtype) -> str:
+    """choose_attention for the heads of this folder's language model."""
+    text = read_config(model_dir, getattr(args, "trust_remote_code", False)).get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return choose_attention(args.attention, device, dtype, head_dim=head_dim)
+
+
 def _sequence_set(model_dir: str, args) -> SequenceSet | None:
     """The ranks of --sequence_parallel that this one shares sequences with. Raises ValueError if the model cannot be cut."""
     size = getattr(args, "sequence_parallel", 1)
@@ -480,7 +487,7 @@ def checkpoint_activations(hf: nn.Module, kept_layers: int = 0, kept_vision_laye
 
 def _trained(model_dir: str, args, device, banned_ids, normalisation, *, critic: bool) -> Policy:
     dtype = resolve_dtype(args.dtype, device)
-    attention = choose_attention(args.attention, device, dtype)
+    attention = _attention(model_dir, args, device, dtype)
     config = deepspeed_config(args, dtype, device)
     resident = settle(args, config, dist.get_world_size())
     sequence = _sequence_set(model_dir, args)
@@ -527,7 +534,7 @@ def build_reference(args, *, device: torch.device, banned_ids: Iterable[int] = (
 
     model_dir = getattr(args, "reference_model", None) or args.model
     dtype = resolve_dtype(args.dtype, device)
-    attention = choose_attention(args.attention, device, dtype)
+    attention = _attention(model_dir, args, device, dtype)
     config = deepspeed_config(args, dtype, device)
     if getattr(args, "offload", "none") != "all":
         config["zero_optimization"].pop("offload_optimizer", None)

@@ -24,6 +24,9 @@ from train.transfer import send
 VISION_VARLEN = "varlen_flash_vision"
 VISION_CUDNN = "cudnn_flash_vision"
 FEWEST_FRAMES = 4  # of one size in a row, for which a dense call pays
+# Frames of 64 patches more than a multiple of 128 are not for cuDNN: its backward pass on Hopper (9.19 and 9.20 at least) leaves
+# the end of the last tile of keys unmasked, and the gradient of a query whose log-sum-exp is below -88 is nan (pytorch #196678).
+TILE, UNMASKED = 128, 64
 MOST_FRAMES = 64  # of one call: five numbers of frames, so that few of cuDNN's plans serve all clips
 
 
@@ -55,11 +58,11 @@ class FrameRuns:
 
 
 def frame_runs(grid_thw: np.ndarray, cu_seqlens: Tensor) -> FrameRuns:
-    """Runs of a power of two frames: a grid of 50 frames gives 32, 16 and 2 that are left."""
+    """Runs of a power of two frames: a grid of 50 frames gives 32, 16 and 2 that are left. Of some sizes all are left."""
     runs, left = [], []
     for frames, height, width in np.asarray(grid_thw).reshape(-1, 3).tolist():
         patches = height * width
-        while frames >= FEWEST_FRAMES:
+        while frames >= FEWEST_FRAMES and patches % TILE != UNMASKED:
             count = min(MOST_FRAMES, 1 << (frames.bit_length() - 1))
             runs.append((count, patches))
             frames -= count

@@ -1,4 +1,4 @@
-"""The packed group against one row per response on the GPU's own kernels: flex (fp32 and bf16) and varlen (bf16)."""
+"""The packed group against one row per response on the GPU's own kernels: flex (fp32 and bf16), cudnn and varlen (bf16)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -14,11 +15,13 @@ from data.normalise import read_normalisation
 from data.records import Group
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker
+from tests.train.test_cudnn_attention import groups_of
 from train import cudnn_attention
+from train.cudnn_attention import cudnn_packed
 from train.fused import ROTATIONS
-from train.group_attention import PACKAGES, pack, why_missing
+from train.group_attention import PACKAGES, pack, sdpa_packed, why_missing
 from train.packed_model import PackedModel
-from train.vision import choose_vision_attention
+from train.vision import choose_vision_attention, frame_runs, vision_attention_cudnn
 
 CASES = [("video", [150, 9, 40], 1), ("text", [4, 6, 130], 2), ("both", [70, 2, 4], 3)]
 
@@ -107,3 +110,53 @@ def test_fused_kernels_are_as_near_as_eager_ones(family, reference, library):
     assert far[0] < 1.2 * far[1] + 1e-3
     errors = [statistics.median(distances(made[1], reference[1])) for made in (fused, eager)]
     assert errors[0] < 1.2 * errors[1] + 1e-3
+
+
+def very_negative(length: int, heads: int, kv_heads: int, device: torch.device) -> list[torch.Tensor]:
+    """q, k and v, (1, heads, length, 128) bf16, of which every query and key have a scaled score of about -120."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, length, 128, generator=generator) for n in (heads, kv_heads, kv_heads))
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[..., 0] = 1.0, -120.0 * 128**0.5
+    return [x.to(device, torch.bfloat16).requires_grad_() for x in (q, k, v)]
+
+
+def check_very_negative(kernel, plain, inputs: list[torch.Tensor]) -> None:
+    """Finite gradients, and outputs and gradients of v as those of the plain one in fp32. (Those of q and k are small
+    differences of large numbers.) A kernel that leaves a key unmasked computes exp(0 + 120) for it, which is inf."""
+    found = []
+    for function, values in ((kernel, inputs), (plain, [x.detach().float().requires_grad_() for x in inputs])):
+        out = function(*values)
+        out.float().mul(1.0 + torch.arange(out.shape[1], device=out.device)[:, None, None] % 3).sum().backward()
+        assert all(x.grad.isfinite().all() for x in values)
+        found.append((out.detach().float(), values[2].grad.float()))
+    for got, want in zip(*found):
+        assert (got - want).norm() < 2e-2 * want.norm()
+
+
+def test_very_negative_scores_of_packed_groups():
+    device, scaling = torch.device("cuda", 0), 128**-0.5
+    groups = groups_of((1100, (300, 0, 40)), (1024, (5,)), (70, (3, 64)))
+    layout, plain = (pack(groups, backend=name, device=device).layout for name in ("cudnn", "sdpa"))
+    check_very_negative(
+        lambda q, k, v: cudnn_packed(q, k, v, layout, scaling),
+        lambda q, k, v: sdpa_packed(q, k, v, plain, scaling),
+        very_negative(layout.length, 4, 2, device),
+    )
+
+
+@pytest.mark.parametrize("height,width", [(16, 28), (24, 42), (8, 8), (10, 14)])
+def test_very_negative_scores_of_frames(height, width):
+    device, frames = torch.device("cuda", 0), 9
+    cu = torch.arange(frames + 1, device=device, dtype=torch.int32) * height * width
+    runs = frame_runs(np.array([[frames, height, width]]), cu)
+
+    def kernel(q, k, v):
+        known = {"cu_seq_lens_q": cu, "max_length_q": height * width}
+        return vision_attention_cudnn(None, q, k, v, None, scaling=128**-0.5, frame_runs=runs, **known)[0]
+
+    def plain(q, k, v):
+        each = [x[0].view(x.shape[1], frames, -1, 128).transpose(0, 1) for x in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*each).transpose(1, 2).reshape(1, -1, q.shape[1], 128)
+
+    check_very_negative(kernel, plain, very_negative(frames * height * width, 2, 2, device))

@@ -13,6 +13,7 @@ from train import cudnn_attention, group_attention
 from train.batching import dummy_group
 from train.cudnn_attention import cut, round_count, round_seen
 from train.group_attention import pack
+from train.vision import frame_runs
 
 
 def scores_of(q, k, scaling: float, causal: bool) -> torch.Tensor:
@@ -154,3 +155,16 @@ def test_rounding_by_hand():
 def test_packs_of_short_prompts_take_flex():
     assert pack(groups_of((40, (3, 4))), backend="cudnn", device=CPU).layout.backend == "flex"
     assert pack(groups_of((40, (3,)), (1024, (4,))), backend="cudnn", device=CPU).layout.backend == "cudnn"
+
+
+def test_frames_whose_last_tile_of_keys_is_half_empty_are_left():
+    """16 x 28 patches are 3 x 128 + 64: cuDNN's backward pass may give nan there; 24 x 42 are 7 x 128 + 112."""
+    grid = np.array([[8, 16, 28], [13, 24, 42], [1, 2, 2], [200, 8, 16]])
+    found = frame_runs(grid, torch.zeros(1, dtype=torch.int32))
+    assert found.runs == [(0, 3584), (8, 1008), (4, 1008), (0, 1008), (0, 4), *[(64, 128)] * 3, (8, 128)]
+    assert found.cu_left.tolist() == [*range(0, 3585, 448), 4592, 4596] and found.longest_left == 1008
+
+
+def test_keys_of_prompts_fill_their_tiles():
+    assert cudnn_attention.PROMPT_STEP % 128 == 0
+    assert all(round_seen(n) % 128 == 0 for n in range(1024, 40000, 7))

@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout
 from tests.train.test_attention_backends import loop_kernel
 from tests.train.test_packed import compare, models  # noqa: F401 - models is a fixture
-from train.fused import ROTATIONS, fuse_elementwise, gated, rms_norm
+from train.fused import ROTATIONS, compiled_per_token, fuse_elementwise, gated, rms_norm
 from train.group_attention import pack
 from train.packed_model import PackedModel
 from train.vision import VISION_CUDNN, VISION_VARLEN
@@ -47,6 +47,51 @@ def test_every_norm_and_mlp_is_found(family, monkeypatch):
     gates = sum(hasattr(module, "gate_proj") for module in hf.modules())
     blocks = len(hf.model.visual.blocks)
     assert fuse_elementwise(hf) == blocks + gates + (0 if family == "qwen3_5" else norms) > blocks
+
+
+def test_policy_and_reference_stay_within_what_torch_compiles(models, monkeypatch):  # noqa: F811
+    """Reference, old log-probs and update: nine variants of a norm, one more than torch compiles by itself.
+
+    The guards are torch's, whatever compiles behind them: nothing does here.
+    """
+    from torch._dynamo.utils import counters
+
+    variants = {}
+    for name in ("compiled", "compiled_per_token"):
+        monkeypatch.setattr(
+            f"train.fused.{name}",
+            lambda function: variants.setdefault(function, torch.compile(function, dynamic=True, backend="eager")),
+        )
+    torch._dynamo.reset()
+    counters.clear()
+    plain, packed, maker = models("qwen3_vl", torch.float32)
+    library = importlib.import_module(type(plain).__module__)
+    for name in ROTATIONS:
+        monkeypatch.setattr(library, name, getattr(library, name))
+    text = pack([maker.group("text", [3, 2], 1)[0]], backend="sdpa", device=torch.device("cpu"))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        policy, reference = (
+            PackedModel(copy.deepcopy(plain), normalisation=packed.normalisation, fused=True) for _ in range(2)
+        )
+        reference.requires_grad_(False)
+        with torch.no_grad():
+            old = [model(text)[0] for model in (reference, policy)]
+        logprobs, _ = policy(text)
+        logprobs.sum().backward()
+    assert all((each - logprobs).abs().max() < 1e-5 for each in old)
+    assert counters["stats"]["unique_graphs"] > 8 and not counters["unimplemented"], counters["unimplemented"]
+
+
+def test_the_number_of_tokens_alone_is_left_open(monkeypatch):
+    """A dummy's 128 tokens and a head's 128 values: nothing but the tokens may become a symbol, or every later call is slow."""
+    marked = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda tensor, axis: marked.append((tensor.dim(), axis)))
+    call = compiled_per_token.__wrapped__(lambda *tensors: tensors)
+    query, cos = torch.zeros(1, 16, 128, 128), torch.zeros(1, 128, 128)
+    call(query, cos, cos)
+    call(torch.zeros(72, 3, 16, 72), torch.zeros(72, 72), torch.zeros(72, 72))  # the tower's (K, 3, H, d)
+    assert marked == [(4, 2), (3, 1), (3, 1), (4, 0), (2, 0), (2, 0)]
 
 
 @pytest.mark.slow

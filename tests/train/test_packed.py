@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from data.normalise import normalise, read_normalisation
 from data.records import Group, Response
 from tests.tiny_models import tiny_model
 from tests.train.packed_cases import PromptMaker, float64_throughout, plain_row
-from train import group_attention
+from train import group_attention, policy
 from train.batching import dummy_group
 from train.group_attention import (
     choose_attention,
@@ -385,11 +386,27 @@ def test_auto_takes_cudnn_on_hopper_in_16_bits(monkeypatch):
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
         ]
     assert chosen == {(8, 0): ["flex"] * 3, (9, 0): ["cudnn", "cudnn", "flex"], (10, 0): ["flex"] * 3}
+    for head_dim, backend in ((64, "cudnn"), (128, "cudnn"), (256, "flex")):  # 256: Qwen3.5
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert choose_attention("auto", torch.device("cuda"), torch.bfloat16, head_dim=head_dim) == backend
+    with monkeypatch.context() as rocm:  # an MI300: cuDNN's name and Hopper's number, and neither
+        rocm.setattr(torch.version, "hip", "7.1")
+        rocm.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+        assert choose_attention("auto", torch.device("cuda"), torch.bfloat16) == "flex"
+        with pytest.raises(ValueError, match="this torch has no cuDNN"):
+            choose_attention("cudnn", torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16) == "flex"
     with pytest.raises(ValueError, match="this torch has no cuDNN; use --attention flex"):
         choose_attention("cudnn", torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("family,head_dim", [("qwen2_vl", 32), ("qwen3_vl", 32), ("qwen3_5", 64)])
+def test_the_heads_of_the_folder_decide(monkeypatch, family, head_dim):
+    monkeypatch.setattr(policy, "choose_attention", lambda *arguments, head_dim: (*arguments, head_dim))
+    args = SimpleNamespace(attention="auto")
+    found = policy._attention(tiny_model(family), args, CPU, torch.float32)
+    assert found == ("auto", CPU, torch.float32, head_dim)
 
 
 def test_backends_that_cannot_run_are_refused():
