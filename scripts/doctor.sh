@@ -89,6 +89,8 @@ if torch is not None:
             row(name, "in this torch")
         except ImportError:
             row(name, "not in this torch")
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    row("cuDNN", f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}" if cudnn else "not in this torch")
     row("Triton", version("triton", "triton-windows") or "not installed")
     print("\nQwen3.5's linear layers on CUDA (other models need neither)")
     for name, packages, module, without, install in (

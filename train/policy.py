@@ -29,6 +29,7 @@ from train.optimizer import OPTIMIZERS, parameter_groups
 from train.packed_model import PackedModel
 from train.resident import gather, remove_hooks, settle
 from train.sequence_parallel import SequenceSet, check_model, sequence_set
+from train.transfer import Pace
 from train.vision import choose_vision_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -210,6 +211,7 @@ class Policy:
         self.tower_is_frozen = not any(p.requires_grad for p in packed.hf.model.visual.parameters())
         self._features: dict[int, list[Tensor]] | None = None  # id(prompt) -> features, frozen tower only
         self._parked: list[tuple[Tensor, torch.device]] = []
+        self._pace = Pace(device)
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -264,6 +266,7 @@ class Policy:
         self._features = None
 
     def _pack(self, groups: list[Group]):
+        self._pace.wait()
         return pack(
             groups,
             backend=self.attention,

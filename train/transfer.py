@@ -25,3 +25,21 @@ def send_joined(arrays: list[np.ndarray], device: torch.device, axis: int = 0) -
     host = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     np.concatenate(arrays, axis=axis, out=host.numpy())
     return host.to(device, non_blocking=True)
+
+
+class Pace:
+    """Lets the host run one micro-batch ahead of a CUDA device, and no further: what is on its way there lies in page-locked
+    memory, which torch keeps for good."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.before: torch.cuda.Event | None = None  # when the last micro-batch but one is done
+
+    def wait(self) -> None:
+        """Called before each micro-batch is packed."""
+        if not self.cuda:
+            return
+        if self.before is not None:
+            self.before.synchronize()
+        self.before = torch.cuda.Event()
+        self.before.record()

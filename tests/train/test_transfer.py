@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from train.transfer import send, send_joined
+from train.transfer import Pace, send, send_joined
 
 CPU = torch.device("cpu")
 
@@ -26,3 +26,26 @@ def test_what_was_sent_is_a_copy_of_arrays():
     sent = send_joined([array], CPU)
     array[0] = 9
     assert sent.tolist() == [0, 1, 2, 3, 4] and send(torch.tensor([1.5]), CPU).tolist() == [1.5]
+
+
+def test_the_host_is_one_micro_batch_ahead(monkeypatch):
+    """Micro-batch n is packed when n - 2 is done. Events note what was queued before them, on a device that never hurries."""
+    queued, done, waited = [], [], []
+
+    class Event:
+        def record(self):
+            self.after = list(queued)
+
+        def synchronize(self):
+            waited.append(list(self.after))
+            done[:] = self.after
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace, in_flight = Pace(torch.device("cuda")), []
+    for number in range(4):
+        pace.wait()
+        in_flight.append(len(queued) - len(done))
+        queued.append(number)
+    assert in_flight == [0, 1, 1, 1] and waited == [[], [0], [0, 1]]
+    Pace(CPU).wait()
+    assert len(waited) == 3
