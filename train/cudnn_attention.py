@@ -18,14 +18,13 @@ going to the third part. Nothing is approximated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.transfer import send
+from train.transfer import send, send_lengths
 
 LONG_PROMPT = 1024  # tokens from which a prompt gets kernels of its own
 # Tokens to which prompts are rounded: 64 plans for all lengths up to 32k. A multiple of 128, so that no tile of keys is left
@@ -64,8 +63,7 @@ class Parts:
     shared: Tensor  # (S,) prompt tokens that several sequences see
     sources: Tensor  # (S, most) their places among the keys; K, where there are fewer
     own: Tensor  # (R,) the response tokens' places among the keys
-    responses: slice
-    covered: int  # tokens that some query of the layout stands for: all but padding
+    responses: slice  # where they lie, the last tokens before any padding
 
 
 def round_count(tokens: int) -> int:
@@ -88,13 +86,18 @@ def cut(layout, device: torch.device) -> Parts:
         count, seen = sum(span.response_lengths), 0
         if span.prompt_length >= LONG_PROMPT:
             seen = round_seen(span.prompt_length)
-            padded = -(-span.prompt_length // PROMPT_STEP) * PROMPT_STEP
-            row = sum(len(queries) for queries, _ in sequences)
             spans.append(
                 LongSpan(
-                    span.prompt_start, span.prompt_length, padded, seen, span.responses_start, count, round_count(count), row
+                    prompt=span.prompt_start,
+                    length=span.prompt_length,
+                    padded=-(-span.prompt_length // PROMPT_STEP) * PROMPT_STEP,
+                    seen=seen,
+                    responses=span.responses_start,
+                    count=count,
+                    padded_count=round_count(count),
+                    row=sum(len(queries) for queries, _ in sequences),
                 )
-            )  # fmt: skip
+            )
         else:
             sequences.append((prompt, [prompt]))
         start = span.responses_start
@@ -108,8 +111,8 @@ def cut(layout, device: torch.device) -> Parts:
 
 def _tables(layout, spans, sequences, device) -> Parts:
     """The parts' tables, built on the host and sent once per micro-batch."""
-    lengths_q = [len(own) for own, _ in sequences]
-    lengths_k = [sum(map(len, seen)) for _, seen in sequences]
+    cu_queries, longest_query = send_lengths([len(own) for own, _ in sequences], device)
+    cu_keys, longest_key = send_lengths([sum(map(len, seen)) for _, seen in sequences], device)
     first = sequences[0][0].start if sequences else 0
     queries = _positions([own for own, _ in sequences])
     keys = _positions([part for _, seen in sequences for part in seen])
@@ -118,30 +121,28 @@ def _tables(layout, spans, sequences, device) -> Parts:
     order = np.argsort(keys[shared], kind="stable")
     tokens, firsts, counts = np.unique(keys[shared][order], return_index=True, return_counts=True)
     sources = np.full((len(tokens), counts.max(initial=0)), len(keys))
-    sources[np.repeat(np.arange(len(tokens)), counts), np.arange(len(shared)) - np.repeat(firsts, counts)] = shared[
-        order
-    ]
+    copies = np.arange(len(shared)) - np.repeat(firsts, counts)  # 0, 1, ... of each token
+    sources[np.repeat(np.arange(len(tokens)), counts), copies] = shared[order]
     last = layout.spans[-1]
     own = np.zeros(last.responses_start + sum(last.response_lengths) - end, dtype=np.int64)
     own[keys[keys >= end] - end] = np.flatnonzero(keys >= end)
 
-    def sent(values, dtype=torch.long) -> Tensor:
-        return send(torch.as_tensor(values, dtype=dtype), device)
+    def sent(values: np.ndarray) -> Tensor:
+        return send(torch.from_numpy(values), device)
 
     run = np.array_equal(queries, np.arange(first, first + len(queries)))
     return Parts(
         spans=spans,
         queries=slice(first, first + len(queries)) if run else sent(queries),
         keys=sent(keys),
-        cu_queries=sent([0, *accumulate(lengths_q)], torch.int32),
-        cu_keys=sent([0, *accumulate(lengths_k)], torch.int32),
-        longest_query=max(lengths_q, default=0),
-        longest_key=max(lengths_k, default=0),
+        cu_queries=cu_queries,
+        cu_keys=cu_keys,
+        longest_query=longest_query,
+        longest_key=longest_key,
         shared=sent(tokens),
         sources=sent(sources),
         own=sent(own),
         responses=slice(end, end + len(own)),
-        covered=end + len(own),
     )
 
 
@@ -187,18 +188,8 @@ def dense_frames(q: Tensor, k: Tensor, v: Tensor, frames: int, scaling: float) -
 def ragged(q, k, v, parts: Parts, scaling: float) -> tuple[Tensor, Tensor, tuple]:
     """The third part: each sequence's queries over its keys, causal from the end: (Q, H, d), (H, Q) sums, the kernel's state."""
     out, sums, *state = ops._flash_attention_forward(
-        q,
-        k,
-        v,
-        parts.cu_queries,
-        parts.cu_keys,
-        parts.longest_query,
-        parts.longest_key,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-    )[:4]
+        q, k, v, parts.cu_queries, parts.cu_keys, parts.longest_query, parts.longest_key, 0.0, True, False, scale=scaling
+    )[:4]  # fmt: skip
     return out, sums.view(q.shape[1], len(q)), tuple(state)
 
 
@@ -225,7 +216,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, parts: Parts, scaling: float):
-        out = torch.empty_like(q) if parts.covered == len(q) else torch.zeros_like(q)
+        out = torch.empty_like(q) if parts.responses.stop == len(q) else torch.zeros_like(q)
         sums, state = q.new_empty(0), ()
         if parts.longest_query:
             rest, sums, state = ragged(q[parts.queries], k[parts.keys], v[parts.keys], parts, scaling)
@@ -256,7 +247,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, sums, *prompt_sums = ctx.saved_tensors
         parts, scaling = ctx.parts, ctx.scaling
         grad = grad.contiguous()
-        dq = torch.empty_like(q) if parts.covered == len(q) else torch.zeros_like(q)
+        dq = torch.empty_like(q) if parts.responses.stop == len(q) else torch.zeros_like(q)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         if parts.longest_query:
             rest = (grad[parts.queries], q[parts.queries], k[parts.keys], v[parts.keys], out[parts.queries])

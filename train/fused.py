@@ -14,7 +14,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train.vision import VISION_CUDNN, VISION_VARLEN
 
@@ -98,7 +98,7 @@ def tower_attention(
     qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
     states = compiled_per_token(split_rotated)(qkv, *position_embeddings)
     query, key, value = (x.transpose(0, 1)[None] for x in states)
-    out, _ = AttentionInterface._global_mapping[name](
+    out, _ = ALL_ATTENTION_FUNCTIONS[name](
         self, query, key, value, None, scaling=self.scaling, cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen, **kwargs
     )
     return self.proj(out.reshape(len(hidden_states), -1))

@@ -25,7 +25,6 @@ import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from transformers import AttentionInterface
 from data.records import Group
 from train import cudnn_attention
 from train.sequence_parallel import SequenceSet, attend
-from train.transfer import send, send_joined
+from train.transfer import send, send_joined, send_lengths
 
 PACKED = "reelrl_packed"  # the name under which transformers finds packed_attention
 BACKENDS = ("sdpa", "flex", "cudnn", "varlen", "flash2", "flash4")
@@ -286,18 +285,15 @@ def _eager_flex():
     return flex_attention
 
 
-def varlen_offsets(layout: Layout, device: torch.device) -> dict[str, object]:
+def varlen_offsets(layout: Layout, device: torch.device) -> dict[str, tuple[Tensor, int]]:
     """Cumulative lengths of the two calls: prompts against themselves, responses against [prompt, own response]."""
-    prompts, queries, keys = [0], [0], [0]
-    for span in layout.spans:
-        prompts.append(prompts[-1] + span.prompt_length)
-        for length in span.response_lengths:
-            if length:
-                queries.append(queries[-1] + length)
-                keys.append(keys[-1] + span.prompt_length + length)
-    longest = [max(b - a for a, b in pairwise(cu)) if len(cu) > 1 else 0 for cu in (prompts, queries, keys)]
-    tensors = [send(torch.tensor(cu, dtype=torch.int32), device) for cu in (prompts, queries, keys)]
-    return {"prompts": (tensors[0], longest[0]), "queries": (tensors[1], longest[1]), "keys": (tensors[2], longest[2])}
+    responses = [(span, length) for span in layout.spans for length in span.response_lengths if length]
+    lengths = {
+        "prompts": [span.prompt_length for span in layout.spans],
+        "queries": [length for _, length in responses],
+        "keys": [span.prompt_length + length for span, length in responses],
+    }
+    return {name: send_lengths(each, device) for name, each in lengths.items()}
 
 
 def keys_of_responses(x: Tensor, layout: Layout) -> Tensor:
@@ -326,6 +322,12 @@ def _varlen_settings() -> tuple[dict, bool]:
     return ({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}), "enable_gqa" in names
 
 
+def scaled_queries(q: Tensor, scaling: float) -> Tensor:
+    """(..., d) queries for torch's varlen kernel, which in 2.11 has no scale argument and takes d ** -0.5."""
+    default = q.shape[-1] ** -0.5
+    return q * (scaling / default) if abs(scaling - default) > 1e-9 * default else q
+
+
 def _torch_varlen_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
     from torch.nn.attention.varlen import varlen_attn
 
@@ -336,9 +338,7 @@ def _torch_varlen_causal(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
         settings["enable_gqa"] = True
     elif times > 1:
         k, v = repeat_heads(k, times, 1), repeat_heads(v, times, 1)
-    default = q.shape[-1] ** -0.5
-    if abs(scaling - default) > 1e-9 * default:
-        q = q * (scaling / default)  # torch 2.11's kernel has no scale argument
+    q = scaled_queries(q, scaling)
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **settings)
 
 
@@ -370,10 +370,7 @@ def response_offsets(layout: Layout, device: torch.device) -> dict[str, tuple[Te
         return None
     single = [length for span in layout.spans for length in span.response_lengths if length]
     lengths = {"prompts": [span.prompt_length for span in layout.spans], "groups": groups, "responses": single}
-    return {
-        name: (send(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device), max(each))
-        for name, each in lengths.items()
-    }
+    return {name: send_lengths(each, device) for name, each in lengths.items()}
 
 
 def flash4_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:

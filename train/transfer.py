@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,12 @@ def send_joined(arrays: list[np.ndarray], device: torch.device, axis: int = 0) -
     host = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     np.concatenate(arrays, axis=axis, out=host.numpy())
     return host.to(device, non_blocking=True)
+
+
+def send_lengths(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """What kernels for variable lengths ask for: ((sequences + 1,) int32 offsets of the sequences, the longest one)."""
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return send(offsets, device), max(lengths, default=0)
 
 
 class Pace:

@@ -14,8 +14,7 @@ from transformers import AutoModelForImageTextToText
 from data.normalise import read_normalisation
 from data.records import Group
 from tests.tiny_models import tiny_model
-from tests.train.packed_cases import PromptMaker
-from tests.train.test_cudnn_attention import groups_of
+from tests.train.packed_cases import PromptMaker, groups_of
 from train import cudnn_attention
 from train.cudnn_attention import cudnn_packed
 from train.fused import ROTATIONS

@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from data.records import Group, Prompt, Response, Sample
+from train.batching import dummy_group
 
 KINDS = ("text", "image", "video")
 
@@ -57,6 +58,18 @@ def positions_by_hand(type_ids, grids, kinds, merge, seconds_per_grid, tokens_pe
         pieces.append(block)
         position, place = int(block.max()) + 1, place + t * h * w
     return np.concatenate(pieces, axis=1).astype(np.int64)
+
+
+def groups_of(*shapes: tuple[int, tuple[int, ...]]) -> list[Group]:
+    """Groups without media, of which nothing but the lengths counts: (prompt, its responses) each."""
+    made = []
+    for length, responses in shapes:
+        group = dummy_group()
+        group.prompt.input_ids = np.zeros(length, dtype=np.int64)
+        group.prompt.position_ids = np.zeros((3, length), dtype=np.int64)
+        group.responses = [Response([1] * n, [], "stop") for n in responses]
+        made.append(group)
+    return made
 
 
 class PromptMaker:

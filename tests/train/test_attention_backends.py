@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from data.records import Group, Response
-from tests.train.packed_cases import float64_throughout
+from tests.train.packed_cases import float64_throughout, groups_of
 from tests.train.test_packed import CPU, PACKS, compare, models  # noqa: F401 - models is a fixture
 from train import group_attention
-from train.batching import dummy_group
 from train.group_attention import flex_block_mask, group_mask, pack
 
 
@@ -47,21 +44,12 @@ def kernels_as_loops(monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash4_stand_in))
 
 
-def two_groups(*, empty: bool) -> list[Group]:
-    """Prompts of 37 and 1 tokens; responses of 5, 0, 12 and of 60, 3 (or of none at all)."""
-    first, second = dummy_group(), dummy_group()
-    first.prompt.input_ids, first.prompt.position_ids = np.zeros(37, dtype=np.int64), np.zeros((3, 37), dtype=np.int64)
-    first.responses = [Response([1] * n, [], "stop") for n in (5, 0, 12)]
-    second.responses = [Response([1] * n, [], "stop") for n in ((0, 0) if empty else (60, 3))]
-    return [first, second]
-
-
 @pytest.mark.parametrize("empty", [False, True])
 def test_flex_and_varlen_layouts_agree_with_sdpa(kernels_as_loops, empty):
     """The other backends' bookkeeping on CPU: FlexAttention uncompiled, the kernels for variable lengths as a loop."""
-    results = {}
+    results, groups = {}, groups_of((37, (5, 0, 12)), (1, (0, 0) if empty else (60, 3)))
     for backend in ("sdpa", "flex", "varlen", "flash4"):
-        layout = pack(two_groups(empty=empty), backend=backend, device=CPU).layout
+        layout = pack(groups, backend=backend, device=CPU).layout
         real = 37 + 1 + 17 + (0 if empty else 63)
         assert layout.length == (128 if backend == "flex" else real)
         generator = torch.Generator().manual_seed(1)
@@ -89,12 +77,7 @@ def test_flex_block_mask_against_torchs_own():
     """Blocks skipped, partial and full, for an irregular layout, against create_block_mask on the (T, T) mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    groups = [dummy_group(), dummy_group()]
-    for group, length, responses in zip(groups, (600, 130), ((300, 20, 1), (260, 0, 40))):
-        group.prompt.input_ids = np.zeros(length, dtype=np.int64)
-        group.prompt.position_ids = np.zeros((3, length), dtype=np.int64)
-        group.responses = [Response([1] * n, [], "stop") for n in responses]
-    layout = pack(groups, backend="flex", device=CPU).layout
+    layout = pack(groups_of((600, (300, 20, 1)), (130, (260, 0, 40))), backend="flex", device=CPU).layout
     dense = torch.eye(layout.length, dtype=torch.bool)
     for span in layout.spans:
         tokens = [*range(span.prompt_start, span.prompt_start + span.prompt_length)]

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.records import Group, Response
-from tests.train.packed_cases import float64_throughout
+from tests.train.packed_cases import float64_throughout, groups_of
 from tests.train.test_packed import CPU, PACKS, compare, models  # noqa: F401 - models is a fixture
 from train import cudnn_attention, group_attention
-from train.batching import dummy_group
 from train.cudnn_attention import cut, round_count, round_seen
 from train.group_attention import pack
 from train.vision import frame_runs
@@ -76,17 +74,6 @@ def formulas(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "LONG_PROMPT", 16)
     monkeypatch.setattr(cudnn_attention, "PROMPT_STEP", 16)
     return calls
-
-
-def groups_of(*shapes: tuple[int, tuple[int, ...]]) -> list[Group]:
-    made = []
-    for length, responses in shapes:
-        group = dummy_group()
-        group.prompt.input_ids = np.zeros(length, dtype=np.int64)
-        group.prompt.position_ids = np.zeros((3, length), dtype=np.int64)
-        group.responses = [Response([1] * n, [], "stop") for n in responses]
-        made.append(group)
-    return made
 
 
 LAYOUTS = {

@@ -28,6 +28,12 @@ def keep_rotations(monkeypatch, hf) -> None:
         monkeypatch.setattr(library, name, getattr(library, name))
 
 
+def compile_with(monkeypatch, compiler) -> None:
+    """compiler(function) in the place of both ways in which train/fused.py compiles."""
+    for name in ("compiled", "compiled_per_token"):
+        monkeypatch.setattr(f"train.fused.{name}", compiler)
+
+
 def test_formulas_by_hand():
     x = torch.tensor([[3.0, 4.0]])  # mean square 12.5
     expected = torch.tensor([[3.0 * 2 / 12.5**0.5, 4.0 * 0.5 / 12.5**0.5]])
@@ -38,8 +44,7 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_every_norm_and_mlp_is_found(family, monkeypatch):
-    for name in ("compiled", "compiled_per_token"):
-        monkeypatch.setattr(f"train.fused.{name}", lambda function: function)
+    compile_with(monkeypatch, lambda function: function)
     hf = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=torch.float32)
     keep_rotations(monkeypatch, hf)
     names = [type(module).__name__ for module in hf.modules()]
@@ -57,17 +62,14 @@ def test_policy_and_reference_stay_within_what_torch_compiles(models, monkeypatc
     from torch._dynamo.utils import counters
 
     variants = {}
-    for name in ("compiled", "compiled_per_token"):
-        monkeypatch.setattr(
-            f"train.fused.{name}",
-            lambda function: variants.setdefault(function, torch.compile(function, dynamic=True, backend="eager")),
-        )
+    compile_with(
+        monkeypatch,
+        lambda function: variants.setdefault(function, torch.compile(function, dynamic=True, backend="eager")),
+    )
     torch._dynamo.reset()
     counters.clear()
     plain, packed, maker = models("qwen3_vl", torch.float32)
-    library = importlib.import_module(type(plain).__module__)
-    for name in ROTATIONS:
-        monkeypatch.setattr(library, name, getattr(library, name))
+    keep_rotations(monkeypatch, plain)
     text = pack([maker.group("text", [3, 2], 1)[0]], backend="sdpa", device=torch.device("cpu"))
     with torch._dynamo.config.patch(recompile_limit=8):
         policy, reference = (
@@ -132,8 +134,7 @@ def test_the_towers_attention_with_all_frames_in_one_call(models, monkeypatch, f
     def varlen(q, k, v, cu, longest, scaling):
         return loop_kernel(q, k, v, cu, cu, longest, longest, scaling, causal=False)[0]
 
-    for name in ("compiled", "compiled_per_token"):
-        monkeypatch.setattr(f"train.fused.{name}", lambda function: function)
+    compile_with(monkeypatch, lambda function: function)
     monkeypatch.setattr("train.vision.dense_frames", dense_frames)
     monkeypatch.setattr("train.vision._varlen", varlen)
     with float64_throughout():
