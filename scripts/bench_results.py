@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
 import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -15,7 +18,7 @@ import numpy as np
 
 from scripts.bench_models import write_json
 
-PHASES = ("load", "rollout", "sleep", "prepare", "old_logprobs", "update", "sync", "wake")
+PHASES = ("load", "rollout", "sleep", "unpark", "prepare", "old_logprobs", "update", "park", "sync", "wake")
 NAMES = ("g", "b", "a", "g-fly", "c", "e", "f", "d")
 
 
@@ -107,6 +110,15 @@ def kernel_table(profiler, cuda: bool, rows: int = 25) -> str:
     """torch.profiler's table, longest kernels first (on a CPU: operators)."""
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=70)
+
+
+def longest_calls(calls: cProfile.Profile, count: int = 30) -> str:
+    """Python functions by the time spent in themselves (a rollout that waits for the GPU shows its waiting), and with what
+    they call."""
+    text = io.StringIO()
+    for order in ("tottime", "cumtime"):
+        pstats.Stats(calls, stream=text).sort_stats(order).print_stats(count)
+    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
 
 
 def response_lengths(spec: str, prompts: int, group_size: int, cap: int, seed: list[int]) -> list[list[int]]:
@@ -229,12 +241,12 @@ def print_table(results: dict) -> None:
     print(
         f"{results['settings']['size']} on {results['settings']['ranks']} x {host['device']}, {host['date']}, {host['versions']}"
     )
-    names = ("load", "rollout", "sleep", "prepare", "old lp", "update", "sync", "wake")
-    print(f"{'variant':7} {'n':>2} " + " ".join(f"{name:>8}" for name in names)
+    phases = [key for key in PHASES if any(row["seconds"][key] for row in summary.values()) or "park" not in key]
+    print(f"{'variant':7} {'n':>2} " + " ".join(f"{key.replace('old_logprobs', 'old lp'):>8}" for key in phases)
           + f" {'step s':>8} {'tok/s':>7} {'MFU':>6} {'GiB':>6} {'update':>7} {'rest':>6} {'step':>6} (times b)")  # fmt: skip
     for name in sorted(summary):
         row = summary[name]
-        cells = " ".join(f"{row['seconds'][key]:8.2f}" for key in PHASES)
+        cells = " ".join(f"{row['seconds'][key]:8.2f}" for key in phases)
         over = row.get("over_b")
         gains = f"{over['update']:6.2f}x {over['without_rollout']:5.2f}x {over['step']:5.2f}x" if over else ""
         mfu = f"{row['mfu']:6.1%}" if row["mfu"] else "   n/a"

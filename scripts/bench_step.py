@@ -32,10 +32,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cProfile
-import io
 import multiprocessing
 import os
-import pstats
 import time
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -64,6 +62,7 @@ from scripts.bench_models import (
 from scripts.bench_results import (
     host_facts,
     kernel_table,
+    longest_calls,
     open_results,
     over_ranks,
     parse_flags,
@@ -128,15 +127,6 @@ def phase(bench: Bench, name: str):
         watching.stop()
 
 
-def longest_calls(calls: cProfile.Profile, count: int = 30) -> str:
-    """Python functions by the time spent in themselves (a rollout that waits for the GPU shows its waiting), and with what
-    they call."""
-    text = io.StringIO()
-    for order in ("tottime", "cumtime"):
-        pstats.Stats(calls, stream=text).sort_stats(order).print_stats(count)
-    return "\n".join(line for line in text.getvalue().splitlines() if line.strip())
-
-
 # ---- training side --------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +184,9 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
     with phase(bench, "sleep"):
         engine.sleep()
     asleep = used_gib(cuda)
+    if args.park:
+        with phase(bench, "unpark"):
+            policy.unpark()
     with phase(bench, "prepare"):
         for_training(bench, variant, taken, check)
         batch = to_device(build_batch(groups), bench.device)
@@ -215,6 +208,9 @@ def run_step(bench: Bench, name: str, step: int, *, prompts: int, lengths: list[
             )  # fmt: skip
     # torch goes on counting vLLM's sleeping tensors, although their memory is unmapped: take it off.
     peak = torch.cuda.max_memory_allocated() / 2**30 - (before - asleep) if cuda else None
+    if args.park:
+        with phase(bench, "park"):
+            policy.park()
     with phase(bench, "wake"):
         engine.wake(weights=True, kv=False)
     with phase(bench, "sync"):

@@ -1,0 +1,58 @@
+"""scripts/bench_attention.py on a CPU: what it counts, and that its comparison notices a kernel that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scripts import bench_attention
+from scripts.bench_attention import check_group, check_tower, main, visible_pairs
+from train.group_attention import visible_ranges
+
+CPU = torch.device("cpu")
+
+
+def test_pairs_by_hand_and_by_the_mask():
+    # Prompt of 3: 1 + 2 + 3; responses of 2 and 1: 2 x 3 + (1 + 2), 1 x 3 + 1.
+    assert visible_pairs(3, [2, 1]) == 6 + 9 + 4
+    first, end, own = visible_ranges(bench_attention.make_layout(70, [9, 1, 33], "sdpa")).long().numpy()
+    assert visible_pairs(70, [9, 1, 33]) == int((end - first).sum() + (np.arange(113) + 1 - own).sum())
+
+
+def test_the_comparison_finds_what_is_wrong(monkeypatch):
+    right = check_group(["sdpa"], (4, 2, 16), 30, [5, 3, 40], CPU, torch.float32)["sdpa"]
+    assert max(right) < 2e-6
+
+    def causal(q, k, v, layout, scaling):  # responses see each other
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    monkeypatch.setitem(bench_attention._KERNELS, "sdpa", causal)
+    wrong = check_group(["sdpa"], (4, 2, 16), 30, [5, 3, 40], CPU, torch.float32)["sdpa"]
+    assert len(wrong) == 4 and min(wrong) > 0.05
+
+
+def test_frames_see_themselves_alone(monkeypatch):
+    def by_frame(module, q, k, v, mask, scaling, *, frames=None, **given):
+        size = frames or given["max_length_q"]
+        parts = (
+            F.scaled_dot_product_attention(*each, scale=scaling) for each in zip(*(x.split(size, 2) for x in (q, k, v)))
+        )
+        return torch.cat(list(parts), dim=2).transpose(1, 2), None
+
+    monkeypatch.setitem(bench_attention.TOWERS, "varlen", by_frame)
+    monkeypatch.setitem(bench_attention.TOWERS, "cudnn", lambda *given, **named: by_frame(*given, frames=48, **named))
+    far = check_tower(["varlen", "cudnn"], (2, 16, 24), 4, CPU, torch.float32)
+    assert max(far["varlen"]) < 2e-6 and min(far["cudnn"]) > 0.05
+
+
+def test_the_program_prints_and_writes_its_rows(tmp_path, capsys):
+    rows = main(["--rounds", "1", "--repeats", "1", "--out", str(tmp_path / "rows.json")])
+    assert [(row["shape"], row["where"], row["backend"]) for row in rows] == [("tiny", "group", "sdpa")]
+    flops = 4 * 16 * 4 * visible_pairs(300, [20] * 8)
+    assert np.isclose(rows[0]["forward_tflops"] * rows[0]["forward_ms"] * 1e9, flops)
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    assert "from fp32: out, dq, dk, dv" in capsys.readouterr().out
