@@ -4,6 +4,7 @@
     python scripts/plan_memory.py --model DIR --gpus 2 --gpu_memory_gib 80 --frames 256 --video_max_pixels 200704
     python scripts/plan_memory.py --size 4b --gpus 1 --fused --kept_layers 12
     python scripts/plan_memory.py --size 8b --gpus 2 --optimizer adamw_stochastic
+    python scripts/plan_memory.py --size 8b --gpus 1 --optimizer adamw_stochastic --grad_accum_dtype bf16 --park
 
 Nothing is loaded and no GPU is needed. Weights, states and cache are exact up to norms and biases; activations are an
 estimate of a packed group under gradient checkpointing. Peaks measured with 2B, 4B and 8B, 0 to 28 kept layers, lie within
@@ -24,9 +25,19 @@ from dataclasses import dataclass
 
 from data.video import VideoSettings, frame_size
 from train.flops import Shape, parameters, read_shape
-from train.memory import BF16, FP32, LOGIT_CHUNK, OPTIMIZER_BYTES, activation_bytes, gathered_bytes, peak_bytes
+from train.memory import (
+    BF16,
+    FP32,
+    GRADIENT_BYTES,
+    LOGIT_CHUNK,
+    OPTIMIZER_BYTES,
+    activation_bytes,
+    gathered_bytes,
+    peak_bytes,
+)
 
 GIB = 1024**3
+FP64 = 8
 TIMESTAMP_TOKENS = 9  # "<12.5 seconds>" and the two vision markers around each temporal patch (Qwen3-VL, Qwen3.5)
 RESIDENT = "resident weights (bf16, whole)"
 OPTIMISER = {  # --optimizer -> the line of its states
@@ -34,6 +45,8 @@ OPTIMISER = {  # --optimizer -> the line of its states
     "adamw_stochastic": "optimiser (two moments)",
     "adamw_kahan": "optimiser (bf16 residues, two moments)",
 }
+# --grad_accum_dtype -> the line of DeepSpeed's buffer of them
+GRADIENTS = {dtype: f"gradients ({dtype} shard)" for dtype in GRADIENT_BYTES}
 PREFETCH_BUCKET = REDUCE_BUCKET = 100_000_000  # elements, as in train.policy.deepspeed_config
 SUB_GROUP = 1_000_000_000  # elements of a shard that DeepSpeed updates at once
 
@@ -73,8 +86,9 @@ def state_bytes(
     parameters_on_host: bool,
     resident: bool = False,
     optimizer: str = "adamw",
+    grad_accum_dtype: str = "fp32",
 ) -> dict[str, float]:
-    """ZeRO-3 shards per GPU as DeepSpeed 0.19 holds them: bf16 weights, a buffer of fp32 gradients that is never given
+    """ZeRO-3 shards per GPU as DeepSpeed 0.19 holds them: bf16 weights, a buffer of summed gradients that is never given
     back (with the optimiser's states on the host it is there, too), two Adam moments and, by --optimizer, fp32 master weights
     or bf16 residues; its buffer for reductions; and, gathered whole, two layers (the running one and the one fetched ahead)
     and the larger embedding, or, if resident, all weights beside their shards (on one GPU they are the shard).
@@ -85,23 +99,31 @@ def state_bytes(
         gathered = {RESIDENT: 0 if gpus == 1 else n * BF16}
     return {
         "weights (bf16 shard)": 0 if parameters_on_host else n * BF16 / gpus,
-        "gradients (fp32 shard)": 0 if optimizer_on_host else n * FP32 / gpus,
+        GRADIENTS[grad_accum_dtype]: 0 if optimizer_on_host else n * GRADIENT_BYTES[grad_accum_dtype] / gpus,
         OPTIMISER[optimizer]: 0 if optimizer_on_host else n * OPTIMIZER_BYTES[optimizer] / gpus,
         **gathered,
         "buckets of gathers and reductions": (PREFETCH_BUCKET + REDUCE_BUCKET) * BF16,
     }
 
 
-def step_bytes(shape: Shape, gpus: int, optimizer_on_host: bool, optimizer: str = "adamw") -> float:
-    """What the optimiser's step takes beside the states: the fp32 gradients of a sub-group, copied flat, and, without fp32
-    master weights, once more in bf16 (DeepSpeed's _prepare_fp32_grad_for_sub_group)."""
-    per_element = FP32 if optimizer == "adamw" else FP32 + BF16
-    return 0 if optimizer_on_host else min(parameters(shape)["total"] / gpus, SUB_GROUP) * per_element
+def step_bytes(
+    shape: Shape, gpus: int, optimizer_on_host: bool, optimizer: str = "adamw", grad_accum_dtype: str = "fp32"
+) -> float:
+    """What the optimiser's step takes beside the states, the larger of two that are never there together: the gradients of a
+    sub-group, copied flat, and once more where they are not of the master weights' dtype (fp32 of adamw, bf16 of the others;
+    DeepSpeed's _prepare_fp32_grad_for_sub_group); and before, for the norm, those of the largest matrix in fp64
+    (get_grad_norm_direct)."""
+    if optimizer_on_host:
+        return 0
+    summed, master = GRADIENT_BYTES[grad_accum_dtype], FP32 if optimizer == "adamw" else BF16
+    per_element = summed if summed == master else summed + master
+    copied = min(parameters(shape)["total"] / gpus, SUB_GROUP) * per_element
+    return max(copied, shape.vocabulary * shape.hidden / gpus * FP64)
 
 
 STATES = {
     "weights (bf16 shard)",
-    "gradients (fp32 shard)",
+    *GRADIENTS.values(),
     *OPTIMISER.values(),
     "gathered layers and embedding",
     "buckets of gathers and reductions",
@@ -144,7 +166,8 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
     tokens = args.groups_per_micro_batch * (prompt + responses)
     apart = args.offload_parameters or args.hpz_partition_size > 1
     resident = args.resident_parameters == "on" or (args.resident_parameters == "auto" and args.gpus == 1 and not apart)
-    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident, args.optimizer)
+    kinds = {"optimizer": args.optimizer, "grad_accum_dtype": args.grad_accum_dtype}
+    rest = state_bytes(shape, args.gpus, args.offload_optimizer, args.offload_parameters, resident, **kinds)
     if args.hpz_partition_size > 1:
         rest[SECOND_COPY] = parameters(shape)["total"] * BF16 / args.hpz_partition_size
     update = rest | activation_bytes(
@@ -157,7 +180,7 @@ def make_plan(shape: Shape, args: argparse.Namespace, frames: int) -> Plan:
         fused=args.fused,
         logit_chunk=args.logit_chunk,
     )
-    update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer, args.optimizer)
+    update[STEP] = step_bytes(shape, args.gpus, args.offload_optimizer, **kinds)
     asleep = {name: value for name, value in rest.items() if not name.startswith(("gathered", "buckets of gathers"))}
     if args.park:
         asleep = {name: 0 if name.startswith("optimiser") else value for name, value in asleep.items()}
@@ -232,6 +255,8 @@ def describe(shape: Shape, args: argparse.Namespace) -> str:
         lines.append(f"most frames with these flags: {most}{' (--max_frames)' if most >= args.max_frames - 1 else ''}")
     else:
         fewer = "--optimizer adamw_stochastic, " if args.optimizer == "adamw" else ""
+        if args.grad_accum_dtype == "fp32" and not args.offload_optimizer:  # on the host they take nothing here
+            fewer += "--grad_accum_dtype bf16, "
         lines.append(f"no number of frames fits: more GPUs, {fewer}--offload_optimizer, or a smaller model")
     return "\n".join(lines)
 
@@ -279,6 +304,12 @@ def flags() -> argparse.ArgumentParser:
         choices=OPTIMISER,
         default="adamw",
         help="as in train/main.py: adamw keeps fp32 master weights, adamw_kahan bf16 residues, adamw_stochastic neither",
+    )
+    parser.add_argument(
+        "--grad_accum_dtype",
+        choices=GRADIENTS,
+        default="fp32",
+        help="as in train/main.py: dtype that the gradients of micro-batches are summed in",
     )
     parser.add_argument("--offload_optimizer", action="store_true", help="optimiser states in host memory")
     parser.add_argument("--park", action="store_true", help="optimiser states in host memory while vLLM samples")

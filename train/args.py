@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.algorithm_flags import add_algorithm_flags, check_algorithm_flags
+from train.algorithm_flags import ACCUMULATION_REMEDY, add_algorithm_flags, check_algorithm_flags
 from train.presets import apply_preset
 
 RANK_0_FIRST_S = 30.0  # what another rank leaves rank 0 to say the same
@@ -462,6 +462,10 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     need(
         shared <= 1 or engine < 1 or shared % engine == 0,
         f"--sequence_parallel {shared} must be a multiple of --tensor_parallel {engine}, whose ranks hold the same groups",
+    )
+    need(
+        args.grad_accum_dtype == "fp32" or args.dtype != "fp32",
+        f"--grad_accum_dtype {args.grad_accum_dtype} with --dtype fp32: {ACCUMULATION_REMEDY}",
     )
     hpz, local = args.hpz_partition_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     need(

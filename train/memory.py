@@ -15,9 +15,10 @@ LOGIT_CHUNK = 1024  # response tokens whose logits exist at once: the default of
 KEPT = "kept language layers (--kept_layers)"
 KEPT_VISION = "kept vision layers (--kept_vision_layers)"
 INSIDES = ("one language layer", "logits chunk, output layer", "one vision layer")  # never two of them at the same time
-# What each --optimizer holds per parameter, sharded, beside 2 bytes of bf16 weights and 4 of DeepSpeed's fp32 gradients (a
-# buffer of grad_accum_dtype that never goes away): fp32 master weights or bf16 residues where there are any, two fp32 moments.
+# What each --optimizer holds per parameter, sharded, beside 2 bytes of bf16 weights and DeepSpeed's buffer of gradients, which
+# never goes away: fp32 master weights or bf16 residues where there are any, two fp32 moments.
 OPTIMIZER_BYTES = {"adamw": FP32 + 2 * FP32, "adamw_stochastic": 2 * FP32, "adamw_kahan": BF16 + 2 * FP32}
+GRADIENT_BYTES = {"fp32": FP32, "bf16": BF16}  # --grad_accum_dtype -> bytes per parameter of that buffer
 MARGIN = 0.12  # of the free memory: the arithmetic is up to 4 % low, and the allocator wastes some
 
 

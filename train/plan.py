@@ -91,9 +91,10 @@ def dry_run(args, samples: list[Sample], encoder, world_size: int) -> str:
 def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_size: int) -> list[str]:
     """ZeRO-3 states and KV cache in GiB per rank, by arithmetic on the configuration."""
     from train import flops
-    from train.memory import BF16, FP32, OPTIMIZER_BYTES
+    from train.memory import BF16, GRADIENT_BYTES, OPTIMIZER_BYTES
 
-    states = BF16 + FP32 + OPTIMIZER_BYTES[args.optimizer]  # per parameter, shared by all ranks
+    summed = args.grad_accum_dtype
+    states = BF16 + GRADIENT_BYTES[summed] + OPTIMIZER_BYTES[args.optimizer]  # per parameter, shared by all ranks
     shape = flops.read_shape(config)
     count = flops.parameters(shape)["total"]
     kv_bytes = 2 * 2 * shape.full_layers * shape.kv_heads * shape.head_dim  # linear attention has no such cache
@@ -103,7 +104,7 @@ def memory_lines(args, config, prompt_tokens: int, prompts_per_rank: int, world_
     return [
         f"memory per rank (about {count / 1e9:.3g} B parameters, bf16):",
         f"  ZeRO-3 states {count * states / world_size / gib:.2f} GiB ({states} bytes "
-        "per parameter: bf16 weights, fp32 gradients, master weights where the optimiser has them, two moments)",
+        f"per parameter: bf16 weights, {summed} gradients, master weights where the optimiser has them, two moments)",
         *resident_lines(args, count, world_size),
         f"  vLLM weights {count * 2 / args.tensor_parallel / gib:.2f} GiB while awake; KV cache of the whole step "
         f"{kv_tokens * kv_bytes / args.tensor_parallel / gib:.2f} GiB (prompts shared within a group)",
@@ -179,6 +180,8 @@ def checked_samples(args, say) -> tuple[list[Sample], list[Sample]]:
     check_model_folder(args.model)
     if args.attention != "auto" and not args.dry_run:  # a plan may be made on another machine than the run's
         check_attention(args)
+    if args.grad_accum_dtype != "fp32" and not args.dry_run:
+        check_accumulation(args)
     if args.reward:
         load_reward(args.reward, args.reward_args)
     samples = load_samples(args)
@@ -204,6 +207,19 @@ def check_attention(args) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose_attention(args.attention, device, resolve_dtype(args.dtype, device))
+
+
+def check_accumulation(args) -> None:
+    """Raises ValueError if --grad_accum_dtype bf16 would round fp32 gradients: what --dtype auto is, this machine decides."""
+    import torch
+
+    from train.algorithm_flags import ACCUMULATION_REMEDY
+    from train.policy import resolve_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.grad_accum_dtype == "bf16" and resolve_dtype(args.dtype, device) == torch.float32:
+        found = f"--dtype {args.dtype}, which is fp32 without a GPU"
+        raise ValueError(f"--grad_accum_dtype bf16 with {found}: {ACCUMULATION_REMEDY}")
 
 
 def check_model_folder(model: str) -> None:

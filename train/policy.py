@@ -81,7 +81,7 @@ def deepspeed_config(args, dtype: torch.dtype, device: torch.device) -> dict:
         "gradient_clipping": float(args.max_grad_norm),
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},  # with fp32 master weights, unless the optimiser needs none
-        "data_types": {"grad_accum_dtype": "fp32"},  # bf16 sums of many micro-batches lose the small ones
+        "data_types": {"grad_accum_dtype": getattr(args, "grad_accum_dtype", "fp32")},  # bf16 sums lose small addends
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also with offload: nothing to compile
         "steps_per_print": 10**9,

@@ -15,6 +15,7 @@ import tempfile
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train import distributed
 from train.optimizer import parameter_groups
@@ -34,6 +35,13 @@ def gradient(step: int) -> torch.Tensor:
     """The gradient of every tensor at this step, exact in bf16; the lower half equals the upper one."""
     half = 0.3 + torch.randn(ROWS // 2, COLUMNS, generator=torch.Generator().manual_seed(step))
     return torch.cat([half, half]).to(torch.bfloat16).float()
+
+
+MICRO_BATCHES = {  # name -> the gradients of one update's micro-batches
+    # Half a unit of bf16 at 1 is 2^-8: each addend alone is rounded away, all 16 together are 2^-5.
+    "small": [torch.ones(ROWS, COLUMNS)] + 16 * [torch.full((ROWS, COLUMNS), 2.0**-9)],
+    "random": [gradient(step) for step in range(100, 105)],
+}
 
 
 class Linear(nn.Module):
@@ -58,14 +66,15 @@ class Two(nn.Module):
         return self.first(coefficients) + self.second(coefficients)
 
 
-def build(kind: str, dtype: torch.dtype, device):
+def build(kind: str, dtype: torch.dtype, device, summed: str = "fp32", clip: float = 1e9, sub_group: int = 4096):
+    """DeepSpeed's engine. summed: --grad_accum_dtype. sub_group: elements, of a tensor's shard that two ranks hold: 4096."""
     args = argparse.Namespace(
-        optimizer="adamw" if kind == "plain" else kind, max_grad_norm=1e9, adam_betas=SETTINGS["betas"],
-        adam_eps=SETTINGS["eps"], seed=7,
+        optimizer="adamw" if kind == "plain" else kind, max_grad_norm=clip, adam_betas=SETTINGS["betas"],
+        adam_eps=SETTINGS["eps"], seed=7, grad_accum_dtype=summed,
     )  # fmt: skip
     asked = argparse.Namespace(**{**vars(args), "optimizer": "adamw_kahan" if kind == "plain" else kind})
     config = deepspeed_config(asked, dtype, device)  # plain: bf16 weights without a master copy, and torch's AdamW
-    config["zero_optimization"] |= {"sub_group_size": 4096, "stage3_param_persistence_threshold": 0}
+    config["zero_optimization"] |= {"sub_group_size": sub_group, "stage3_param_persistence_threshold": 0}
     model = Two(dtype)
     groups = parameter_groups(model.named_parameters(), SETTINGS["weight_decay"])
     optimizer = build_trained_optimizer(groups, args, SETTINGS["lr"], offload=False)
@@ -86,6 +95,55 @@ def bytes_per_parameter(engine) -> dict[str, float]:
         "gradients": zero.grad_partitions_flat_buffer.nbytes / share,
         "optimiser": sum(tensor.nbytes for tensor in own) / share,
     }
+
+
+def backward(engine, micro_batches: list[torch.Tensor]) -> None:
+    """As Policy.backward: the boundary is set by hand; every rank has the same gradient, and ZeRO divides by the ranks."""
+    for number, coefficients in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        engine.backward(engine(coefficients))
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the new tensors that operators make: `dtype -> bytes` in all."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.cat.default, torch.ops.aten._to_copy.default):
+            self.bytes[str(out.dtype)] = self.bytes.get(str(out.dtype), 0) + out.nbytes
+        return out
+
+
+def summed_gradients(device) -> dict[str, object]:
+    """--grad_accum_dtype under every optimiser: weights after clipped updates of one micro-batch each, what one with many has
+    summed, and bytes per element of what the step copies (both tensors are one sub-group here)."""
+    seen = {}
+    for kind in ("adamw", "adamw_kahan", "adamw_stochastic"):
+        for summed in ("fp32", "bf16"):
+            engine = build(kind, torch.bfloat16, device, summed, clip=1.0, sub_group=10**9)
+            zero, name = engine.optimizer, f"{kind}/{summed}"
+            seen[f"{name}/dtype"] = str(zero.grad_partitions_flat_buffer.dtype)
+            train(engine, range(4))
+            seen[f"{name}/weights"], seen[f"{name}/norm"] = weights(engine), float(engine.get_global_grad_norm())
+            for case, micro_batches in MICRO_BATCHES.items():
+                backward(engine, micro_batches)
+                seen[f"{name}/{case}"] = zero.grad_partitions_flat_buffer.float().clone()
+                engine.step()
+            backward(engine, [gradient(0)])
+            for made, run in (
+                ("norm copies", lambda zero=zero: zero._get_norm_groups()),
+                ("copies", lambda zero=zero: zero._prepare_fp32_grad_for_sub_group(0)),
+            ):
+                with Made() as mode:
+                    run()
+                elements = zero.grad_partitions_flat_buffer.numel()
+                seen[f"{name}/{made}"] = {dtype: size / elements for dtype, size in mode.bytes.items()}
+            seen[f"{name}/bytes"] = bytes_per_parameter(engine)
+    return seen
 
 
 def train(engine, steps: range) -> None:
@@ -123,6 +181,7 @@ def main() -> None:
             {str(value.dtype) for state in engine.optimizer.optimizer.state.values()
              for key, value in state.items() if key.startswith("exp_avg")}
         )  # fmt: skip
+    seen["summed"] = summed_gradients(device)
     folder = distributed.broadcast_object(tempfile.mkdtemp())
     for kind in ("adamw_kahan", "adamw_stochastic"):
         engine = build(kind, torch.bfloat16, device)

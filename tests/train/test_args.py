@@ -68,6 +68,11 @@ def test_defaults_follow_other_flags(required):
         (["--kept_layers", "-1"], ["--kept_layers", "-1"]),
         (["--kept_layers", "auto", "--no-gradient_checkpointing"], ["--kept_layers auto", "all layers"]),
         (["--kept_layers", "some"], ["--kept_layers", "some"]),
+        (
+            ["--grad_accum_dtype", "bf16", "--dtype", "fp32"],
+            ["--grad_accum_dtype bf16 with --dtype fp32: it would round fp32 gradients", "or give --dtype bf16\n"],
+        ),
+        (["--grad_accum_dtype", "fp16"], ["--grad_accum_dtype", "fp16"]),
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--max_hours", "-1"], ["--max_hours -1"]),
         (["--field_names", "{oops"], ["--field_names is not JSON", "{oops"]),
@@ -113,6 +118,14 @@ def test_a_mistake_is_two_lines_not_all_flags(required, capsys, program, parse):
         said = capsys.readouterr()
         assert stop.value.code == 2 and said.out == "" and said.err.startswith(f"{usage}\n{program}: error: {told}")
         assert said.err.count("\n") == 2 + told.count("\n  ")
+
+
+@pytest.mark.parametrize("parse", [parse_args, sft_args.parse_args])
+def test_gradients_are_summed_in_fp32_unless_asked(required, parse):
+    """In supervised training, too. What --dtype auto is, the machine decides: train.plan.check_accumulation."""
+    assert parse(required).grad_accum_dtype == "fp32"
+    for dtype in ("auto", "bf16"):
+        assert parse([*required, "--grad_accum_dtype", "bf16", "--dtype", dtype]).grad_accum_dtype == "bf16"
 
 
 def test_prompts_must_divide_over_replicas(required):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.plan_memory import SIZES, step_bytes
 from tests.run_ranks import run_ranks
-from tests.train.low_precision_run import COLUMNS, ROWS, SETTINGS, STEPS, gradient, start
-from train.memory import OPTIMIZER_BYTES
+from tests.train.low_precision_run import COLUMNS, MICRO_BATCHES, ROWS, SETTINGS, STEPS, gradient, start
+from train.flops import read_shape
+from train.memory import GRADIENT_BYTES, OPTIMIZER_BYTES
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("low_precision_run.py")
@@ -52,6 +54,48 @@ def test_shards_hold_the_bytes_that_plan_memory_counts(seen):
         assert seen[f"{name}/bytes"] == {"weights": 2, "gradients": 4, "optimiser": own}
         assert OPTIMIZER_BYTES[optimizer] == own
     assert seen["fp32/bytes"] == {"weights": 4, "gradients": 4, "optimiser": 8}  # no master copy of fp32 weights either
+
+
+def test_one_micro_batch_is_summed_in_bf16_without_loss(seen):
+    """Its gradient arrives in bf16, with a buffer of fp32, too: weights after four clipped updates are equal bit for bit."""
+    seen = seen["summed"]
+    for kind in OPTIMIZER_BYTES:
+        exact, short = ([seen[f"{kind}/{summed}/weights"], seen[f"{kind}/{summed}/norm"]] for summed in GRADIENT_BYTES)
+        assert exact[1] == short[1] > 100  # clipped at 1: 16,384 elements of about 1
+        for one, other in zip(exact[0], short[0], strict=True):
+            assert torch.equal(one, other) and not torch.equal(one, start())
+        assert seen[f"{kind}/fp32/dtype"] == "torch.float32" and seen[f"{kind}/bf16/dtype"] == "torch.bfloat16"
+        whole = {"weights": 2, "gradients": 4, "optimiser": OPTIMIZER_BYTES[kind]}
+        assert seen[f"{kind}/fp32/bytes"] == whole and seen[f"{kind}/bf16/bytes"] == {**whole, "gradients": 2}
+
+
+def test_many_micro_batches_are_rounded_at_every_sum(seen):
+    """1 and 16 times 2^-9: 1.03125 in fp32, 1 in bf16, where each addend is below half a unit. Each rank holds half the rows
+    of both tensors."""
+    seen = seen["summed"]
+    half = (2, ROWS // 2, COLUMNS)
+    for kind in OPTIMIZER_BYTES:
+        assert (seen[f"{kind}/fp32/small"] == 1.03125).all() and (seen[f"{kind}/bf16/small"] == 1.0).all()
+        for summed, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            wanted = torch.zeros(ROWS // 2, COLUMNS, dtype=dtype)
+            for one in MICRO_BATCHES["random"]:
+                wanted = wanted + one[: ROWS // 2].to(dtype)
+            got = seen[f"{kind}/{summed}/random"].view(half)
+            assert torch.equal(got[0], wanted.float()) and torch.equal(got[1], wanted.float())
+    assert not torch.equal(seen["adamw/fp32/random"], seen["adamw/bf16/random"])
+
+
+def test_the_step_copies_what_plan_memory_counts(seen):
+    """Bytes per element of a sub-group of two tensors: laid out flat in the dtype they were summed in, then in that of the
+    master weights if it is another one. Before, each in fp64 for the norm."""
+    seen = seen["summed"]
+    for kind in OPTIMIZER_BYTES:
+        master = {"torch.float32": 4} if kind == "adamw" else {"torch.bfloat16": 2}
+        for summed, flat in (("fp32", {"torch.float32": 4}), ("bf16", {"torch.bfloat16": 2})):
+            assert seen[f"{kind}/{summed}/copies"] == flat | master
+            assert seen[f"{kind}/{summed}/norm copies"] == {"torch.float64": 8}
+            # 8B on 8 GPUs: sub-groups of 10^9 elements
+            assert sum((flat | master).values()) == step_bytes(read_shape(SIZES["8b"]), 8, False, kind, summed) / 1e9
 
 
 def test_kahan_follows_fp32_where_plain_bf16_stands_still(seen, exact):

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig
 
+from scripts.plan_memory import SIZES
 from tests.tiny_models import tiny_model
 from train import plan
 from train.args import parse_args
-from train.plan import check_attention, check_model_folder, load_samples
+from train.plan import check_accumulation, check_attention, check_model_folder, load_samples
 from train.run_log import resumed_text
 
 
@@ -111,9 +112,22 @@ def test_key_value_cache_by_hand(family):
     """
     config = AutoConfig.from_pretrained(tiny_model(family))
     args = Namespace(group_size=1, max_num_seqs=1, max_response_tokens=48, tensor_parallel=1, optimizer="adamw")
-    args.resident_parameters = "auto"
+    args.resident_parameters, args.grad_accum_dtype = "auto", "fp32"
     lines = plan.memory_lines(args, config, 2**21 - 48, 1, 1)
     assert "KV cache of the whole step 1.00 GiB" in lines[-1]
+
+
+def test_bytes_per_parameter_by_hand():
+    """Weights, gradients and states of 8B's 8,763,699,200 parameters: 18 bytes are 146.91 GiB, 12 are 97.94."""
+    args = Namespace(group_size=1, max_num_seqs=1, max_response_tokens=48, tensor_parallel=1, resident_parameters="off")
+    for optimizer, summed, told in (
+        ("adamw", "fp32", "146.91 GiB (18 bytes per parameter: bf16 weights, fp32 gradients, "),
+        ("adamw", "bf16", "130.59 GiB (16 bytes per parameter: bf16 weights, bf16 gradients, "),
+        ("adamw_kahan", "bf16", "114.27 GiB (14 bytes per parameter: bf16 weights, bf16 gradients, "),
+        ("adamw_stochastic", "bf16", "97.94 GiB (12 bytes per parameter: bf16 weights, bf16 gradients, "),
+    ):
+        args.optimizer, args.grad_accum_dtype = optimizer, summed
+        assert f"ZeRO-3 states {told}" in plan.memory_lines(args, SIZES["8b"], 1000, 1, 1)[1]
 
 
 def test_only_rank_0_writes_lists(tmp_path, monkeypatch, recwarn):
@@ -152,3 +166,17 @@ def test_a_resume_says_which_flags_changed_and_that_nothing_is_left(tmp_path):
         "  step 7 is the last of 2: nothing is left to train; raise --max_steps or --epochs to go on",
     ]
     assert resumed_text(tmp_path, Path("c/step-000007"), 7, 9, before) == "resumed after step 7 from c/step-000007"
+
+
+def test_bf16_sums_of_fp32_gradients_are_refused_where_auto_is_fp32(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_accumulation(Namespace(grad_accum_dtype="bf16", dtype="bf16"))
+    check_accumulation(Namespace(grad_accum_dtype="fp32", dtype="auto"))
+    said = (
+        "--grad_accum_dtype bf16 with --dtype auto, which is fp32 without a GPU: it would round fp32 gradients to bf16; leave "
+        "--grad_accum_dtype at fp32, or give --dtype bf16"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        check_accumulation(Namespace(grad_accum_dtype="bf16", dtype="auto"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_accumulation(Namespace(grad_accum_dtype="bf16", dtype="auto"))

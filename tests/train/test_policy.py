@@ -249,6 +249,19 @@ def test_offload_and_low_precision_settings():
     assert kahan["bf16_master_weights_and_grads"] is True
 
 
+def test_what_gradients_are_summed_in(tmp_path):
+    """fp32, also for settings made by hand without the flag; a file of the user's has the last word."""
+    user = tmp_path / "ds.json"
+    user.write_text('{"data_types": {"grad_accum_dtype": "fp32"}}')
+    for changes, dtype in (
+        ({}, "fp32"),
+        ({"grad_accum_dtype": "bf16"}, "bf16"),
+        ({"grad_accum_dtype": "bf16", "deepspeed_config": str(user)}, "fp32"),
+    ):
+        config = deepspeed_config(settings(**changes), torch.bfloat16, CPU)
+        assert config["data_types"] == {"grad_accum_dtype": dtype}
+
+
 def test_dtype():
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
