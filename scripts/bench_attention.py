@@ -58,8 +58,8 @@ def visible_pairs(prompt: int, lengths: list[int]) -> int:
 
 
 def draw(shapes: list[tuple[int, ...]], device, dtype, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(seed)  # on the device: a host takes seconds for a long prompt
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
 
 
 def both_ways(function: Callable, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -207,18 +207,20 @@ def as_rows(shape: str, where: str, medians: dict, checks: dict, flops: float) -
     ]  # fmt: skip
 
 
-def print_rows(rows: list[dict]) -> None:
-    """One line each; the distances are those of output, dq, dk, dv."""
-    print(
-        f"{'shape':6} {'where':6} {'backend':8} {'forward ms':>10} {'both ms':>9} {'TFLOP/s':>14}   from fp32: out, dq, dk, dv"
-    )
+def print_rows(rows: list[dict], head: bool) -> None:
+    """One line each, below a head if it is asked for; the distances are those of output, dq, dk, dv."""
+    if head:
+        print(
+            f"{'shape':6} {'where':6} {'backend':8} {'forward ms':>10} {'both ms':>9} {'TFLOP/s':>14}   "
+            "from fp32: out, dq, dk, dv"
+        )
     for row in rows:
         speeds = f"{row['forward_tflops']:.0f}, {row['both_tflops']:.0f}"
         far = " ".join(f"{value:.1e}" for value in row["distances"])
         print(
             f"{row['shape']:6} {row['where']:6} {row['backend']:8} {row['forward_ms']:10.3f} {row['both_ms']:9.3f} "
-            f"{speeds:>14}   {far}"
-        )
+            f"{speeds:>14}   {far}", flush=True,
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -261,11 +263,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
         flush=True,
     )
     rows = []
-    for shape in args.shapes:
-        rows += run_shape(shape, args, device, dtype)
-    print_rows(rows)
-    if args.out:
-        Path(args.out).write_text(json.dumps({"device": where, "args": vars(args), "rows": rows}, indent=1))
+    for shape in args.shapes:  # what is measured stays, should time end before the last one
+        found = run_shape(shape, args, device, dtype)
+        print_rows(found, head=not rows)
+        rows += found
+        if args.out:
+            Path(args.out).write_text(json.dumps({"device": where, "args": vars(args), "rows": rows}, indent=1))
     return rows
 
 

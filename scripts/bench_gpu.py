@@ -59,9 +59,10 @@ TRAIN_ARGS = {
     "2b": "--kept_layers 28 --fused",
     "4b": "--kept_layers 16 --fused",
     "8b": "--kept_layers 12 --kv_cache_gib 14 --fused",
+    "8b-one": "--kept_layers 4 --kv_cache_gib 14 --fused --optimizer adamw_stochastic --grad_accum_dtype bf16 --park",
 }
 # A group in flight has more tokens than a row: with as much memory it keeps fewer layers.
-PACKED_KEPT_LAYERS = {"2b": 22, "4b": 12, "8b": 9}
+PACKED_KEPT_LAYERS = {"2b": 22, "4b": 12, "8b": 9, "8b-one": 2}
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def tests(name: str, file: str, what: str, needs_s: float, limit_s: float, ranks
 
 
 def step(name: str, size: str, steps: dict[str, int], what: str, needs_s: float, memory_gib: float, *, more: str = "",
-         result: str = "", ranks: tuple[int, ...] = (1,)) -> Stage:  # fmt: skip
-    """A run of bench_step for these variants, each until its number of steps is there."""
+         result: str = "", ranks: tuple[int, ...] = (1,), layers: str = "") -> Stage:  # fmt: skip
+    """A run of bench_step for these variants, each until its number of steps is there. layers: key of the flags, if not size."""
     launch = "{python}" if ranks == (1,) else "{python} -m torch.distributed.run --standalone --nproc_per_node {ranks}"
     result = result or f"step-{size}.json"
     most = max(steps.values())
     more = f"{more} --profile g".strip() if name.startswith("step-") else more  # what limits (g) is seen, not guessed
-    more = f"{more} --packed_kept_layers {PACKED_KEPT_LAYERS[size]} --train_args '{TRAIN_ARGS[size]}'".strip()
+    layers = layers or size
+    more = f"{more} --packed_kept_layers {PACKED_KEPT_LAYERS[layers]} --train_args '{TRAIN_ARGS[layers]}'".strip()
     levers = max((count for name, count in steps.items() if name in "cdef"), default=1)
     command = (
         f"{launch} scripts/bench_step.py --size {size} --variants {' '.join(steps)} --steps {most} --lever_steps {levers} "
@@ -119,9 +121,9 @@ STAGES = (
         (
             "{python} scripts/bench_packed.py --size 2b --attention cudnn flex --no-rows --no-library --rounds 4 "
             """--kept_layers 28 --fused --profile --flex_options '{{"IS_DIVISIBLE": true}}' """
-            """'{{"IS_DIVISIBLE": true, "ROWS_GUARANTEED_SAFE": true}}' --out {out}/flex-2b.json""",
+            """'{{"IS_DIVISIBLE": true, "ROWS_GUARANTEED_SAFE": true}}'""",
         ),
-        70, 200, "flex-2b.json", memory_gib=60, packages=("xxhash",),
+        70, 200, memory_gib=60, packages=("xxhash",),
     ),
     step("step-2b", "2b", {"g": 3, "b": 3}, "whole steps, everything on (g) and the baseline (b)", 260, 100),
     step("levers-2b", "2b", {"a": 1, "c": 1, "e": 1, "f": 1, "d": 1}, "the levers one by one, decoding on the fly (a)", 260, 100),
@@ -147,6 +149,17 @@ STAGES = (
         1000, 1700, memory_gib=100, packages=("vllm", "av", "gguf"),
     ),
     step("step-4b", "4b", {"g": 3, "b": 3}, "whole steps", 300, 125),
+    Stage(
+        "kernels", "one layer's attention on every backend; one group of 8B",
+        (
+            "{python} scripts/bench_attention.py --shapes 2b 4b 8b",
+            "{python} scripts/bench_packed.py --size 8b --attention cudnn flex --no-rows --no-library --rounds 3 "
+            "--kept_layers 11 --fused",
+        ),
+        200, 360, memory_gib=70, packages=("xxhash",),
+    ),
+    step("one-8b", "8b", {"g": 3, "b": 2, "a": 2}, "whole steps of 8B on a single GPU", 330, 128, layers="8b-one",
+         more="--prompts 2 --clips 4", result="one-8b.json"),
     step("more-2b", "2b", {"g": 5, "b": 5, "a": 5, "c": 3, "e": 3, "f": 3, "d": 3}, "all steps that the tables need", 300, 100),
     step("more-4b", "4b", {"g": 5, "b": 5, "a": 3}, "all steps that the tables need", 300, 125),
     tests("tests-ranks", "test_two_ranks.py", "two ranks with video, image and text", 90, 300, ranks=2),

@@ -14,7 +14,12 @@ PEER_STEP_S = 260.5
 UTILISATION = {"2b": 0.25, "4b": 0.30, "8b": 0.30}
 STRETCH = 0.35
 ROLLOUT_SHARE = 0.35  # above it, a step's speed-up is bounded by the rollout
-SIZES = ("2b", "4b", "8b")
+STEPS = {
+    "2b": "step-2b.json",
+    "4b": "step-4b.json",
+    "8b": "step-8b.json",
+    "8b on one GPU": "one-8b.json",
+}  # title -> results
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ def verdicts(out: Path) -> list[Verdict]:
             found.append(Verdict(f"{name} passes", record["state"], passed))
     if packed := read_json(out / "packed-2b.json"):
         found += packed_verdicts(packed)
-    for size in SIZES:
-        if results := read_json(out / f"step-{size}.json"):
-            found += step_verdicts(size, results)
+    for title, file in STEPS.items():
+        if results := read_json(out / file):
+            found += step_verdicts(title, results)
     if results := read_json(out / "peer-2b.json"):
         found += peer_verdicts(results)
     if figures := read_json(out / "evaluate-2b.json"):
@@ -86,7 +91,8 @@ def packed_verdicts(packed: dict) -> list[Verdict]:
 
 
 def step_verdicts(size: str, results: dict) -> list[Verdict]:
-    """Targets of whole steps, from a results file of bench_step that holds g, and b and a where they were measured."""
+    """Targets of whole steps, from a results file of bench_step that holds g, and b and a where they were measured. size: the
+    title, which begins with it."""
     variants = summarise(results)["variants"]
     if "g" not in variants:
         return []
@@ -107,10 +113,10 @@ def step_verdicts(size: str, results: dict) -> list[Verdict]:
             found.append(at_least(text, over["step"], 0.85 * bound))
     if a:
         found.append(at_least(f"{size}: whole step over (a)", g["over_a"]["step"], 3.5))
-    found.append(at_least(f"{size}: utilisation of the update, useful FLOPs", g["mfu"], UTILISATION[size], "%"))
+    found.append(at_least(f"{size}: utilisation of the update, useful FLOPs", g["mfu"], UTILISATION[size[:2]], "%"))
     stretch = at_least(f"{size}: the same, stretch", g["mfu"], STRETCH, "%")
     found.append(stretch if stretch.passed else Verdict(stretch.target, stretch.measured, None))
-    if size == "8b":
+    if size.startswith("8b"):
         found.append(below(f"{size}: weight sync", seconds["sync"], 1.5, "s"))
     found.append(below(f"{size}: sleep plus wake", seconds["sleep"] + seconds["wake"], 1.0, "s"))
     if b and g["peak_update_gib"] and b["peak_update_gib"]:
@@ -143,11 +149,10 @@ def render(out: Path, document: Path) -> list[str]:
     """Write the results as sections of `document`, in place of those with the same titles; -> the titles written."""
     stages = (read_json(out / "gpu.json") or {"stages": {}})["stages"]
     sections: dict[str, str] = {}
-    for size in SIZES:
-        if results := read_json(out / f"step-{size}.json"):
+    for title, file in STEPS.items():
+        if results := read_json(out / file):
             where = f"{results['settings']['ranks']} x {results['host']['device']}"
-            commands = commands_of(stages, f"step-{size}.json")
-            sections[f"Whole steps, {size.upper()} on {where}"] = step_section(results, commands)
+            sections[f"Whole steps, {title[:2].upper()} on {where}"] = step_section(results, commands_of(stages, file))
     if results := read_json(out / "peer-2b.json"):
         sections["The peer's workload, 2B"] = step_section(results, commands_of(stages, "peer-2b.json"))
     if packed := read_json(out / "packed-2b.json"):

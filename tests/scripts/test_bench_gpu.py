@@ -67,6 +67,7 @@ def test_stages_take_the_machines_they_fit():
     assert ranks_of(by_name("packed-2b"), [H100]) == 1
     assert ranks_of(by_name("step-2b"), [H100]) is None  # its kept layers need more
     assert ranks_of(by_name("step-4b"), [H100]) is None and ranks_of(by_name("step-4b"), [H200]) == 1
+    assert ranks_of(by_name("one-8b"), [H200]) == 1  # not by what two ranks of 8B hold each
     machines = ([H200], [H200] * 2, [H100] * 4, [H200] * 4)
     assert [ranks_of(by_name("step-8b"), gpus) for gpus in machines] == [None, 2, None, 2]
     roomy = ("a GPU of 100 GiB", 100.0)  # two of them do not hold the states, four do
@@ -78,25 +79,30 @@ def test_stages_take_the_machines_they_fit():
     assert lacking(bare, [H200]) == "lacks no_such_package"
 
 
-@pytest.mark.parametrize("size,ranks", [("2b", 1), ("4b", 1), ("8b", 2), ("8b", 4)])
-def test_a_stage_asks_for_the_memory_that_its_kept_layers_take(size, ranks):
+@pytest.mark.parametrize("flags,ranks", [("2b", 1), ("4b", 1), ("8b", 2), ("8b", 4), ("8b-one", 1)])
+def test_a_stage_asks_for_the_memory_that_its_kept_layers_take(flags, ranks):
     """scripts/plan_memory.py on the largest group and the longest row of five steps, and 3 GiB for CUDA and a sleeping vLLM."""
-    stage, shape = by_name(f"step-{size}"), read_shape(plan_memory.SIZES[size])
-    rows = bench_gpu.TRAIN_ARGS[size].split()
-    steps = [response_lengths("lognormal:400:1200", 4, 8, 2048, [n, rank]) for n in range(5) for rank in range(ranks)]
+    size, one = flags[:2], flags == "8b-one"
+    stage, shape = by_name("one-8b" if one else f"step-{size}"), read_shape(plan_memory.SIZES[size])
+    rows = bench_gpu.TRAIN_ARGS[flags].split()
+    prompts = 2 if one else 4
+    steps = [
+        response_lengths("lognormal:400:1200", prompts, 8, 2048, [n, rank]) for n in range(5) for rank in range(ranks)
+    ]
     largest = max(sum(group) for step in steps for group in step)
     longest = max(length for step in steps for group in step for length in group)
     peaks = {}
     for layout, tokens, kept in (
-        ("groups", largest, str(bench_gpu.PACKED_KEPT_LAYERS[size])),
+        ("groups", largest, str(bench_gpu.PACKED_KEPT_LAYERS[flags])),
         ("rows", longest, rows[rows.index("--kept_layers") + 1]),
     ):
         words = ["--size", size, "--gpus", str(ranks), "--fused", "--kept_layers", kept, "--group_size", "1"]
         words += ["--max_response_tokens", str(tokens), "--groups_per_rank", "0"]
+        words += rows[rows.index("--optimizer") :] if one else []
         peaks[layout] = plan_memory.make_plan(shape, plan_memory.flags().parse_args(words), 128).peak_bytes / 2**30
-    asked = bench_gpu.MEMORY_GIB.get((size, ranks), stage.memory_gib)
+    asked = stage.memory_gib if one else bench_gpu.MEMORY_GIB.get((size, ranks), stage.memory_gib)
     assert max(peaks.values()) + 3 < asked < 139
-    assert f"--packed_kept_layers {bench_gpu.PACKED_KEPT_LAYERS[size]}" in stage.commands[0]
+    assert f"--packed_kept_layers {bench_gpu.PACKED_KEPT_LAYERS[flags]}" in stage.commands[0]
     assert peaks["groups"] < 1.03 * peaks["rows"]  # the target: not above (b); the largest group is a rare one
 
 
@@ -276,6 +282,15 @@ def test_verdicts_by_hand(tmp_path):
         "2b: sleep plus wake <= 1.00 s": ("1.20 s", "SHORT"),
         "2b: peak memory of the update, not above (b) <= 40.00 GiB": ("44.00 GiB", "SHORT"),
     }
+
+
+def test_8b_on_one_gpu_has_a_title_of_its_own_and_the_targets_of_8b(tmp_path):
+    runs = {"g": [record(24.0, 16.0, 5.0, USEFUL, 44.0, sync=1.6)]}
+    (tmp_path / "one-8b.json").write_text(json.dumps(results(runs)))
+    verdict = found(tmp_path)
+    assert verdict["8b on one GPU: weight sync <= 1.50 s"] == ("1.60 s", "SHORT")
+    assert verdict["8b on one GPU: utilisation of the update, useful FLOPs >= 30.0%"] == ("30.0%", "PASS")
+    assert bench_targets.render(tmp_path, tmp_path / "table.md")[0] == "Whole steps, 8B on 1 x NVIDIA H200"
 
 
 def test_where_the_rollout_is_long_its_bound_counts(tmp_path):
