@@ -210,6 +210,7 @@ def test_kept_layers_by_hand():
 
 # docs/gpu_results.md: prompts of 16,765 tokens; response tokens of the largest group that was run, or of the longest row.
 GROUP = ["--group_size", "1", "--max_response_tokens", "4342"]
+ONE = ["--optimizer", "adamw_stochastic", "--grad_accum_dtype", "bf16", "--park"]  # 8B on one GPU
 MEASURED = [
     ("2b", 1, 28, GROUP, 84.8),
     ("2b", 1, 0, GROUP, 47.3),
@@ -219,6 +220,8 @@ MEASURED = [
     ("8b", 2, 8, GROUP, 112.8),
     ("8b", 2, 11, GROUP, 120.5),
     ("8b", 2, 8, ["--group_size", "1", "--max_response_tokens", "956"], 108.8),
+    ("8b", 1, 2, [*GROUP, *ONE], 120.1),
+    ("8b", 1, 4, ["--group_size", "1", "--max_response_tokens", "956", *ONE], 122.4),
 ]
 
 
