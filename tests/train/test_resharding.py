@@ -89,6 +89,16 @@ def same(one, other) -> bool:
     return one == other
 
 
+def bf16_spacing(weights: torch.Tensor) -> torch.Tensor:
+    """Distance to the next bf16 number, which has 7 bits behind the point: 2^-7 for 1 up to 2; 0 for 0."""
+    _, exponent = torch.frexp(weights.float())  # of a mantissa from 1/2 up to 1
+    return torch.where(weights == 0, 0.0, torch.exp2(exponent.float() - 8))
+
+
+def test_spacing_by_hand():
+    assert bf16_spacing(torch.tensor([1.0, 1.99, -0.75, 3.0, 0.0])).tolist() == [2**-7, 2**-7, 2**-8, 2**-6, 0.0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "saved,wanted,optimizer", [(2, 1, "adamw"), (2, 3, "adamw"), (1, 2, "adamw"), (2, 3, "adamw_kahan")]
@@ -108,11 +118,18 @@ def test_real_shards_keep_every_bit(tmp_path, saved, wanted, optimizer):
     assert 4.0 <= before["gradient_bytes_share"] < 4.01 and 4.0 <= after["gradient_bytes_share"] < 4.01
     moved = ("report", "after", "gradient_bytes_share")
     assert [name for name in before if name not in moved and not same(before[name], after[name])] == []
-    # The next update sums the gradients of other ranks in another order: equal up to rounding.
-    tolerance = 2e-6 if optimizer == "adamw" else 1e-2
-    assert after["report"]["grad_norm"] == pytest.approx(before["report"]["grad_norm"], rel=tolerance)
+    # The next update sums the gradients of other ranks in another order: equal up to rounding, which in bf16 is a weight's
+    # spacing. Biases that began at 0 are a few updates long, so their share of a rounded gradient is the largest (1.6 spacings on
+    # one CPU, and less on others, whose bf16 products round otherwise); all weights together are ten times nearer.
+    bf16 = optimizer != "adamw"
+    norms = before["report"]["grad_norm"], after["report"]["grad_norm"]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2 if bf16 else 2e-6)
+    gaps = {name: after["after"][name].float() - weights.float() for name, weights in before["after"].items()}
     for name, weights in before["after"].items():
-        assert (after["after"][name].float() - weights.float()).norm() <= tolerance * weights.float().norm()
+        allowed = 2 * bf16_spacing(weights).norm() if bf16 else 2e-6 * weights.float().norm()
+        assert gaps[name].norm() <= allowed, name
+    whole = [torch.cat([part.float().flatten() for part in parts.values()]).norm() for parts in (gaps, before["after"])]
+    assert whole[0] <= (1e-3 if bf16 else 2e-6) * whole[1]
 
 
 @pytest.mark.slow
