@@ -6,8 +6,8 @@
 The functions that training calls (train/group_attention.py, train/cudnn_attention.py, train/vision.py), with random inputs of
 the real shape, interleaved round by round. Before any time is taken, outputs and gradients of a smaller group are compared with a
 softmax over an explicit mask in fp32, and the tower's with one softmax per frame: norm of the difference over norm.
-FLOPs count the pairs of query and key that see each other, 4 per pair and channel forwards and 10 backwards (without the
-recomputation of scores that a flash kernel's backward pass does: it would be 2.5 times forwards with it as without).
+FLOPs count the pairs of query and key that see each other, 4 per pair and channel forwards (two products) and 10 backwards: five
+products, of which one recomputes the scores, as every flash kernel does (train/flops.py counts the other four, 8).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.cudnn_attention import LONG_PROMPT
 from train.group_attention import _KERNELS, BACKENDS, Layout, Span, choose_attention, group_mask
 from train.vision import frame_runs, vision_attention_cudnn, vision_attention_varlen
 
@@ -223,6 +224,30 @@ def print_rows(rows: list[dict], head: bool) -> None:
         )  # fmt: skip
 
 
+def why_not(args, device, dtype) -> str:
+    """Why these flags cannot be measured here and what to do; empty if they can."""
+    for name in ("prompt_tokens", "response_tokens", "group_size", "frames", "check_tokens", "rounds", "repeats"):
+        least = 4 if name == "check_tokens" else 1  # its first response is a quarter as long
+        if getattr(args, name) < least:
+            return f"--{name} must be {least} or more, got {getattr(args, name)}"
+    shortest = min(args.prompt_tokens, args.check_tokens)
+    for backend in args.attention:
+        try:
+            choose_attention(backend, device, dtype)
+        except ValueError as error:
+            return str(error)
+        if backend == "flex" and device.type == "cpu":
+            return "--attention flex has no backward pass on a CPU; use --attention sdpa"
+        if backend == "cudnn" and shortest < LONG_PROMPT:
+            return (
+                f"--attention cudnn takes flex for prompts below {LONG_PROMPT} tokens, got {shortest}; raise --prompt_tokens and "
+                "--check_tokens, or use --attention flex"
+            )
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        return f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first"
+    return ""
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -254,8 +279,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if getattr(args, name) is None:
             setattr(args, name, small if tiny else real)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("bf16" if cuda else "fp32")]
-    for backend in args.attention:
-        choose_attention(backend, device, dtype)  # says what cannot run here, and why
+    if why := why_not(args, device, dtype):
+        parser.error(why)
     where = torch.cuda.get_device_name() if cuda else "CPU"
     print(
         f"{where}, torch {torch.__version__}, {dtype}: a prompt of {args.prompt_tokens} tokens, {args.group_size} responses of "

@@ -379,6 +379,13 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(flags.out).resolve()
     work = Path(flags.work_dir or os.path.join(tempfile.gettempdir(), "reelrl_bench_step")).resolve()
     if flags.render:
+        if not Path(flags.render).resolve().parent.is_dir():
+            folder = Path(flags.render).parent
+            print(
+                f"scripts/bench_gpu.py: --render {flags.render}: there is no folder {folder}; make it first",
+                file=sys.stderr,
+            )
+            return 2
         titles = render(out, Path(flags.render))
         print("\n".join(f"{flags.render}: {title}" for title in titles) or f"{out}: no results yet")
         return 0 if titles else 1

@@ -489,6 +489,8 @@ def one_step(bench: Bench, name: str, number: int, warm: set[str], results: dict
         results["failed"][name] = f"{type(error).__name__}: {str(error)[:400]}"
     # Not before the handler is left: until then the error's frames hold every tensor of the failed step.
     save(flags, results)
+    if bench.args.park:  # it may have failed between bringing the states back and parking them
+        bench.policy.park()
     free_memory()
     bench.engine.wake(weights=True, kv=False)
     bench.engine.sync(bench.policy.named_tensors(bench.args.sync_bucket_mib << 20))

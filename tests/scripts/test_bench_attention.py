@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -56,3 +58,35 @@ def test_the_program_prints_and_writes_its_rows(tmp_path, capsys):
     assert np.isclose(rows[0]["forward_tflops"] * rows[0]["forward_ms"] * 1e9, flops)
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     assert "from fp32: out, dq, dk, dv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompt_tokens", "0"], "--prompt_tokens must be 1 or more, got 0"),
+        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+        (["--check_tokens", "3"], "--check_tokens must be 4 or more, got 3"),
+        (["--attention", "flex"], "--attention flex has no backward pass on a CPU; use --attention sdpa"),
+        (["--attention", "sdpa", "varlen"], "--attention varlen needs CUDA; on a CPU use --attention sdpa"),
+        (["--out", "no_such/rows.json"], "--out no_such/rows.json: there is no folder no_such; make it first"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_measured(words, told, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr()
+    assert said.err.endswith(f"error: {told}\n") and not said.out
+
+
+def test_cudnn_is_not_timed_where_training_takes_flex(monkeypatch):
+    monkeypatch.setattr("train.group_attention.has_cudnn", lambda: True)
+    sizes = dict.fromkeys(("response_tokens", "group_size", "frames", "rounds", "repeats"), 1)
+    for prompt, check, told in ((1023, 2000, "1023"), (16765, 100, "100"), (1024, 1024, "")):
+        args = Namespace(**sizes, prompt_tokens=prompt, check_tokens=check, attention=["cudnn"], out=None)
+        why = bench_attention.why_not(args, torch.device("cuda"), torch.bfloat16)
+        assert (
+            why.startswith(f"--attention cudnn takes flex for prompts below 1024 tokens, got {told}")
+            if told
+            else not why
+        )

@@ -293,6 +293,11 @@ def test_8b_on_one_gpu_has_a_title_of_its_own_and_the_targets_of_8b(tmp_path):
     assert bench_targets.render(tmp_path, tmp_path / "table.md")[0] == "Whole steps, 8B on 1 x NVIDIA H200"
 
 
+def test_render_wants_a_folder_that_is_there(tmp_path, capsys):
+    assert bench_gpu.main(["--out", str(tmp_path), "--render", str(tmp_path / "no" / "table.md")]) == 2
+    assert capsys.readouterr().err.endswith(f"there is no folder {tmp_path / 'no'}; make it first\n")
+
+
 def test_where_the_rollout_is_long_its_bound_counts(tmp_path):
     """8b: the rollout is 40 of (b)'s 100 s, more than 35 %. (g) samples 40 s, so 2.5x is the most; 85 % of it is 2.125."""
     runs = {

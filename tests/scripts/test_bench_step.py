@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from scripts import bench_step
 from scripts.bench_inputs import VARIANTS
 from scripts.bench_results import (
     open_results,
@@ -156,6 +157,26 @@ def test_a_step_that_fails_leaves_its_layers_to_nobody(five_layers):
         assert recomputed(layers) == [True] + [False] * 4
         raise RuntimeError("out of memory")
     assert recomputed(layers) == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("park", [True, False])
+def test_a_step_that_fails_parks_its_states_before_vllm_wakes(park, monkeypatch):
+    """It may have failed when they were back on the device: the next rollout's memory is theirs then."""
+    calls = []
+    policy = SimpleNamespace(park=lambda: calls.append("park"), named_tensors=lambda size: None)
+    engine = SimpleNamespace(wake=lambda weights, kv: calls.append("wake"), sync=lambda tensors: calls.append("sync"))
+    bench = SimpleNamespace(
+        flags=parse_flags("", []), args=SimpleNamespace(park=park, sync_bucket_mib=1), policy=policy, engine=engine
+    )
+
+    def fails(*given, **named):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_step, "run_step", fails)
+    results = {"failed": {}}
+    assert bench_step.one_step(bench, "b", 0, {"b"}, results) is None
+    assert results["failed"] == {"b": "RuntimeError: out of memory"}
+    assert calls == ["park"] * park + ["wake", "sync", "wake"]
 
 
 @pytest.mark.parametrize(
