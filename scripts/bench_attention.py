@@ -236,8 +236,6 @@ def why_not(args, device, dtype) -> str:
             choose_attention(backend, device, dtype)
         except ValueError as error:
             return str(error)
-        if backend == "flex" and device.type == "cpu":
-            return "--attention flex has no backward pass on a CPU; use --attention sdpa"
         if backend == "cudnn" and shortest < LONG_PROMPT:
             return (
                 f"--attention cudnn takes flex for prompts below {LONG_PROMPT} tokens, got {shortest}; raise --prompt_tokens and "

@@ -126,7 +126,14 @@ STAGES = (
         70, 200, memory_gib=60, packages=("xxhash",),
     ),
     step("step-2b", "2b", {"g": 3, "b": 3}, "whole steps, everything on (g) and the baseline (b)", 260, 100),
-    step("levers-2b", "2b", {"a": 1, "c": 1, "e": 1, "f": 1, "d": 1}, "the levers one by one, decoding on the fly (a)", 260, 100),
+    Stage(
+        "levers-2b", "the levers one by one, with as few layers kept as (d) leaves room for",
+        (
+            "{python} scripts/bench_step.py --size 2b --prompts 2 --clips 2 --variants c d e f g --steps 1 --lever_steps 1 "
+            "--once_rows 2 --packed_kept_layers 16 --budget_s {left} --work_dir {work} --train_args '--kept_layers 20 --fused'",
+        ),
+        270, 450, memory_gib=100, packages=STEP_PACKAGES,
+    ),
     step("peer-2b", "2b", {"g": 2, "g-fly": 2}, "the peer's workload", 180, 100, more="--workload peer", result="peer-2b.json"),
     Stage(
         "evaluate-2b", "evaluation: cached clips of 128 frames against the loop",
@@ -160,7 +167,7 @@ STAGES = (
     ),
     step("one-8b", "8b", {"g": 3, "b": 2, "a": 2}, "whole steps of 8B on a single GPU", 330, 128, layers="8b-one",
          more="--prompts 2 --clips 4", result="one-8b.json"),
-    step("more-2b", "2b", {"g": 5, "b": 5, "a": 5, "c": 3, "e": 3, "f": 3, "d": 3}, "all steps that the tables need", 300, 100),
+    step("more-2b", "2b", {"g": 5, "b": 5, "a": 5, "c": 3, "e": 3, "f": 3}, "all steps that the tables need", 300, 100),
     step("more-4b", "4b", {"g": 5, "b": 5, "a": 3}, "all steps that the tables need", 300, 125),
     tests("tests-ranks", "test_two_ranks.py", "two ranks with video, image and text", 90, 300, ranks=2),
     step("step-8b", "8b", {"g": 3, "b": 3}, "whole steps on several GPUs", 330, 86, ranks=(2, 4)),

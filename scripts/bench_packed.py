@@ -219,7 +219,10 @@ def make_variants(args, config, device, dtype, group) -> tuple[dict, object]:
 
     variants = {f"flex {text}": with_options(json.loads(text)) for text in args.flex_options}
     for name in args.attention:
-        backend = choose_attention(name, device, dtype)
+        try:
+            backend = choose_attention(name, device, dtype)
+        except ValueError as error:
+            raise SystemExit(f"scripts/bench_packed.py: {error}") from None
         variants[f"packed/{backend}"] = ours_run(backend, False)
         if args.rows:
             variants[f"rows/{backend}"] = ours_run(backend, True)

@@ -389,6 +389,8 @@ def build(flags: Namespace) -> Bench:
     seed_everything(args.seed)
     say("building the policy")
     policy = build_policy(args, device=device, banned_ids=encoder.visual_token_ids)
+    if args.park:
+        policy.park()
     say("starting vLLM")
     engine = build_engine(args, encoder, device)
     engine.sync(policy.named_tensors(args.sync_bucket_mib << 20))

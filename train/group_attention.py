@@ -468,6 +468,8 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, hea
             raise ValueError(f"--attention {name} needs CUDA; on a CPU use --attention sdpa")
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"--attention {name} has no {dtype} kernel; use flex or sdpa, or --dtype bf16")
+    if name == "flex" and device.type == "cpu":
+        raise ValueError("--attention flex has no backward pass on a CPU; use --attention sdpa")
     if name == "cudnn" and not has_cudnn():
         raise ValueError("--attention cudnn: this torch has no cuDNN; use --attention flex")
     if name in PACKAGES and (missing := why_missing(PACKAGES[name])):

@@ -187,6 +187,8 @@ def build(args, steps: int, samples, held_out, device, state: dict) -> Run:
     policy = build_policy(args, device=device, banned_ids=banned)
     reference = build_reference(args, device=device, banned_ids=banned) if "reference" in needed else None
     critic = build_critic(args, device=device, banned_ids=banned) if "critic" in needed else None
+    if args.park:
+        policy.park()  # DeepSpeed has made them: vLLM starts and samples without them from the first step on
     engine = build_engine(args, encoder, device)
     order = sample_order(args, samples)
     loader = PromptLoader(
@@ -245,7 +247,10 @@ def train(args, steps: int, samples, held_out) -> int:
     console.say(f"building the policy and the rollout engine on {distributed.world_size()} rank(s), {device.type}")
     run = build(args, steps, samples, held_out, device, state)
     if resumed:
+        run.policy.unpark()  # loading puts other tensors in their place
         checkpoint.load(resumed, run.policy, critic=run.critic)
+        if args.park:
+            run.policy.park()
         console.say(run_log.resumed_text(folder, resumed, start, steps, vars(args)))
     if distributed.is_main():
         run_log.write_run_info(folder, vars(args), resumed_from=str(resumed) if resumed else None)

@@ -415,6 +415,8 @@ def test_backends_that_cannot_run_are_refused():
     for name in ("varlen", "cudnn"):
         with pytest.raises(ValueError, match=f"{name} needs CUDA"):
             choose_attention(name, CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match="flex has no backward pass on a CPU; use --attention sdpa"):
+        choose_attention("flex", CPU, torch.float32)
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
     for name, package in (("flash2", "flash-attn"), ("flash4", "flash-attn-4")):
