@@ -275,7 +275,15 @@ def test_two_writers_cannot_share_a_file(tmp_path):
         Writer(tmp_path / "predictions.jsonl")
 
 
-def test_ctrl_c_is_told_in_one_line_and_the_same_command_goes_on(toy, tmp_path, capsys):
+@pytest.fixture
+def listening():
+    """A shell's background job ignores Ctrl-C, and so do the programs that it starts; here Python listens again."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_told_in_one_line_and_the_same_command_goes_on(toy, tmp_path, capsys, listening):
     class Interrupted(FakeEngine):
         async def generate(self, prompt, sampling, request_id):
             if len(self.asked) == 20:
