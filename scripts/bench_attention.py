@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.cudnn_attention import LONG_PROMPT
-from train.group_attention import _KERNELS, BACKENDS, Layout, Span, choose_attention, group_mask
+from train.flops import attended_positions
+from train.group_attention import _KERNELS, BACKENDS, FLEX_BLOCK, Layout, Span, choose_attention, group_mask
 from train.vision import frame_runs, vision_attention_cudnn, vision_attention_varlen
 
 # query heads, key heads, width of a head; tower: heads, width, patches of a frame
@@ -47,19 +48,14 @@ TOWERS = {"varlen": vision_attention_varlen, "cudnn": vision_attention_cudnn}
 def make_layout(prompt: int, lengths: list[int], backend: str) -> Layout:
     """One group's; padded as train.group_attention.pack does it."""
     tokens = prompt + sum(lengths)
-    return Layout(
-        [Span(0, prompt, prompt, lengths)], prompt, tokens + (-tokens % 128 if backend == "flex" else 0), backend
-    )
+    padding = -tokens % FLEX_BLOCK if backend == "flex" else 0
+    return Layout([Span(0, prompt, prompt, lengths)], prompt, tokens + padding, backend)
 
 
-def visible_pairs(prompt: int, lengths: list[int]) -> int:
-    """Pairs of a query and a key that it sees: the prompt's triangle, each response's rectangle over it and own triangle."""
-    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
-    return triangle(prompt) + sum(length * prompt + triangle(length) for length in lengths)
-
-
-def draw(shapes: list[tuple[int, ...]], device, dtype, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)  # on the device: a host takes seconds for a long prompt
+def draw(heads: int, kv_heads: int, tokens: int, width: int, device, dtype) -> list[Tensor]:
+    """q (1, heads, T, d), k and v (1, kv_heads, T, d), and a gradient of the output, (1, T, heads, d)."""
+    shapes = [*((1, n, tokens, width) for n in (heads, kv_heads, kv_heads)), (1, tokens, heads, width)]
+    generator = torch.Generator(device).manual_seed(0)  # on the device: a host takes seconds for a long prompt
     return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
 
 
@@ -100,9 +96,7 @@ def check_group(names: list[str], heads, prompt: int, lengths: list[int], device
     """Backend -> distances from fp32 of output, dq, dk, dv."""
     q_heads, kv_heads, width = heads
     tokens, scaling = prompt + sum(lengths), width**-0.5
-    exact = draw(
-        [(1, n, tokens, width) for n in (q_heads, kv_heads, kv_heads)] + [(1, tokens, q_heads, width)], device, dtype
-    )
+    exact = draw(q_heads, kv_heads, tokens, width, device, dtype)
     mask = group_mask(make_layout(prompt, lengths, "sdpa").spans[0], device)
     *inputs, grad = [x.float() for x in exact]
     wanted = both_ways(lambda q, k, v: masked(q, k, v, mask, scaling), inputs, grad)
@@ -119,7 +113,7 @@ def check_group(names: list[str], heads, prompt: int, lengths: list[int], device
 def check_tower(names: list[str], tower, frames: int, device, dtype) -> dict[str, list[float]]:
     heads, width, patches = tower
     tokens, scaling = frames * patches, width**-0.5
-    exact = draw([(1, heads, tokens, width)] * 3 + [(1, tokens, heads, width)], device, dtype)
+    exact = draw(heads, heads, tokens, width, device, dtype)
     frame = torch.arange(tokens, device=device) // patches
     *inputs, grad = [x.float() for x in exact]
     wanted = both_ways(lambda q, k, v: masked(q, k, v, frame[:, None] == frame, scaling), inputs, grad)
@@ -155,12 +149,12 @@ def measure(functions: dict[str, tuple[Callable, list[Tensor], Tensor]], device,
                 with torch.no_grad():
                     function(*inputs)
 
-            seconds = {
+            milliseconds = {
                 "forward": clock(forward, device, repeats),
                 "both": clock(lambda: both_ways(function, inputs, grad), device, repeats),  # noqa: B023
             }
             if number:
-                for kind, value in seconds.items():
+                for kind, value in milliseconds.items():
                     times[name][kind].append(value)
     return {name: {kind: statistics.median(values) for kind, values in kinds.items()} for name, kinds in times.items()}
 
@@ -175,22 +169,17 @@ def run_shape(name: str, args, device, dtype) -> list[dict]:
     functions = {}
     for backend in args.attention:
         function, tokens = group_function(args.prompt_tokens, lengths, backend, width**-0.5)
-        *inputs, grad = draw(
-            [(1, n, tokens, width) for n in (q_heads, kv_heads, kv_heads)] + [(1, tokens, q_heads, width)],
-            device,
-            dtype,
-        )
+        *inputs, grad = draw(q_heads, kv_heads, tokens, width, device, dtype)
         functions[backend] = (function, inputs, grad)
-    flops = 4 * width * q_heads * visible_pairs(args.prompt_tokens, lengths)
+    flops = 4 * width * q_heads * attended_positions(args.prompt_tokens, lengths)
     rows += as_rows(name, "group", measure(functions, device, args.rounds, args.repeats), checks, flops)
     names = [each for each in TOWERS if each in args.attention]
     if names:
         count, width, patches = tower
         checks = check_tower(names, tower, 5, device, dtype)
-        shape = (1, count, args.frames * patches, width)
+        *inputs, grad = draw(count, count, args.frames * patches, width, device, dtype)
         functions = {}
         for backend in names:
-            *inputs, grad = draw([shape] * 3 + [(1, shape[2], count, width)], device, dtype)
             functions[backend] = (tower_function(backend, args.frames, patches, width**-0.5, device), inputs, grad)
         flops = 4 * width * count * args.frames * patches**2
         rows += as_rows(name, "tower", measure(functions, device, args.rounds, args.repeats), checks, flops)

@@ -14,12 +14,13 @@ PEER_STEP_S = 260.5
 UTILISATION = {"2b": 0.25, "4b": 0.30, "8b": 0.30}
 STRETCH = 0.35
 ROLLOUT_SHARE = 0.35  # above it, a step's speed-up is bounded by the rollout
+# Title of whole steps, which begins with the size -> results
 STEPS = {
     "2b": "step-2b.json",
     "4b": "step-4b.json",
     "8b": "step-8b.json",
     "8b on one GPU": "one-8b.json",
-}  # title -> results
+}
 
 
 @dataclass(frozen=True)

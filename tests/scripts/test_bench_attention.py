@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from scripts import bench_attention
-from scripts.bench_attention import check_group, check_tower, main, visible_pairs
+from scripts.bench_attention import check_group, check_tower, main
+from train.flops import attended_positions
 from train.group_attention import visible_ranges
 
 CPU = torch.device("cpu")
@@ -19,9 +20,9 @@ CPU = torch.device("cpu")
 
 def test_pairs_by_hand_and_by_the_mask():
     # Prompt of 3: 1 + 2 + 3; responses of 2 and 1: 2 x 3 + (1 + 2), 1 x 3 + 1.
-    assert visible_pairs(3, [2, 1]) == 6 + 9 + 4
+    assert attended_positions(3, [2, 1]) == 6 + 9 + 4
     first, end, own = visible_ranges(bench_attention.make_layout(70, [9, 1, 33], "sdpa")).long().numpy()
-    assert visible_pairs(70, [9, 1, 33]) == int((end - first).sum() + (np.arange(113) + 1 - own).sum())
+    assert attended_positions(70, [9, 1, 33]) == int((end - first).sum() + (np.arange(113) + 1 - own).sum())
 
 
 def test_the_comparison_finds_what_is_wrong(monkeypatch):
@@ -54,7 +55,7 @@ def test_frames_see_themselves_alone(monkeypatch):
 def test_the_program_prints_and_writes_its_rows(tmp_path, capsys):
     rows = main(["--rounds", "1", "--repeats", "1", "--out", str(tmp_path / "rows.json")])
     assert [(row["shape"], row["where"], row["backend"]) for row in rows] == [("tiny", "group", "sdpa")]
-    flops = 4 * 16 * 4 * visible_pairs(300, [20] * 8)
+    flops = 4 * 16 * 4 * attended_positions(300, [20] * 8)
     assert np.isclose(rows[0]["forward_tflops"] * rows[0]["forward_ms"] * 1e9, flops)
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     assert "from fp32: out, dq, dk, dv" in capsys.readouterr().out
