@@ -4,7 +4,7 @@ torchrun --nproc_per_node 2 tests/train/resharding_run.py save MODEL_DIR FOLDER 
 torchrun --nproc_per_node 3 tests/train/resharding_run.py load MODEL_DIR FOLDER OUT.pt [OPTIMIZER]
 
 OUT.pt: every parameter's master weights and moments at the checkpoint, gathered by DeepSpeed's own functions, and the
-weights after one more update.
+weights after one more update, with the residues that Kahan's summation holds beside them.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def main() -> None:
     found = snapshot(policy)
     found["report"] = update(policy, mine, tokens)
     found["after"] = dict(policy.named_tensors())
+    kahan = rest == ["adamw_kahan"]
+    found["residue"] = {
+        name: safe_get_full_optimizer_state(parameter, "residue").cpu().clone()
+        for name, parameter in (policy.model.named_parameters() if kahan else ())
+    }
     if rank == 0:
         torch.save(found, out)
     distributed.barrier("leave together")  # a rank that still writes must not lose the others
